@@ -1,0 +1,67 @@
+"""Run migrations on the database that DATABASE_URL names."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from backend.cc.deps import Settings, create_engine
+from backend.cc.mem0_models import SCHEMA, Base
+
+ADVISORY_LOCK = 0x636F735F6363
+"""Key of the lock under which migrations run ("cos_cc" in ASCII): of several `upgrade head` at once, one
+works and the others wait, then find nothing to do."""
+
+TURN_TIMEOUT = "60s"
+"""How long to wait for another migration to end."""
+
+LOCK_TIMEOUT = "5s"
+"""How long to wait for a table that the running service uses: its inserts queue up behind us meanwhile."""
+
+
+def include_name(name: str | None, type_: str, parent_names: object) -> bool:
+    """Look at our own schema only: what else lives in the database is none of our business."""
+    return name == SCHEMA if type_ == "schema" else True
+
+
+def migrate(connection: Connection) -> None:
+    """Run the migrations, or `alembic check`, on a connection."""
+    # All in one transaction, the schema included: a migration that fails leaves nothing behind. The lock
+    # is released with the transaction, or with the connection if this process dies.
+    with connection.begin():
+        connection.execute(text(f"SET LOCAL lock_timeout = '{TURN_TIMEOUT}'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
+        connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+        configure(connection=connection)
+        with context.begin_transaction():
+            context.run_migrations()
+
+
+def configure(**options: object) -> None:
+    """Tell Alembic what is ours, and to keep its own table in `public`, where it outlives the schema."""
+    context.configure(
+        target_metadata=Base.metadata,
+        version_table="alembic_version_cos_cc",
+        include_schemas=True,
+        include_name=include_name,
+        compare_server_default=True,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+async def migrate_online(engine: AsyncEngine) -> None:
+    """Connect and migrate."""
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(migrate)
+    finally:
+        await engine.dispose()
+
+
+if context.is_offline_mode():
+    configure(dialect_name="postgresql", literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    asyncio.run(migrate_online(create_engine(Settings())))

@@ -1,0 +1,1 @@
+"""The Control Center (`cc`) module of COS."""

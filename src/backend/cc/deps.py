@@ -1,0 +1,139 @@
+"""What endpoints and services are given: the settings, a session, `log_l1`."""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Protocol
+from uuid import UUID
+
+import asyncpg
+from fastapi import Depends, Request
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import event, make_url
+from sqlalchemy.exc import InvalidatePoolError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from backend.cc.services.logging import Record, log_l1, not_stored
+
+
+class Settings(BaseSettings):
+    """The service's configuration, from environment variables of the same names."""
+
+    # Errors say which variable is wrong, not what is in it: it may be a password.
+    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
+
+    database_url: SecretStr
+    """PostgreSQL, as `postgres://`, `postgresql://` or `postgresql+asyncpg://`."""
+    logfire_token: SecretStr | None = None
+    """Logfire's write token. Without it nothing is sent there."""
+    logfire_environment: str | None = None
+    """Name of the deployment, shown in traces."""
+    logfire_console: bool = False
+    """Whether to print spans to standard output too."""
+    otel_exporter_otlp_endpoint: str | None = None
+    """Any OTLP backend, e.g. http://127.0.0.1:4318. The OpenTelemetry SDK reads it, and the other
+    `OTEL_*` variables, by itself."""
+    otel_exporter_otlp_traces_endpoint: str | None = None
+    """The same for traces alone: the full address, path included."""
+    cc_db_pool_size: int = Field(default=10, ge=1)
+    """Connections to the database at most, in each worker process."""
+    cc_db_timeout_seconds: float = Field(default=5.0, gt=0)
+    """Longest that a record or a commit may take, waiting for a connection included, in seconds."""
+    cc_debug_routes: bool = True
+    """Whether `POST /test-log` exists."""
+    cc_distributed_tracing: bool = False
+    """Whether to continue the trace that a caller's `traceparent` header names."""
+    cc_max_body_bytes: int = Field(default=1_048_576, ge=0)
+    """Largest request body, in bytes; a larger one is answered 413."""
+    cc_trace_sql: bool = True
+    """Whether SQL statements are spans of their own, without their parameters."""
+
+
+def create_engine(settings: Settings) -> AsyncEngine:
+    """Return the service's engine. Connects to nothing until it is used.
+
+    Args:
+        settings: Where the database is, how many connections, how long to wait for one.
+    """
+    # asyncpg reads the address, as libpq would: sslmode, a socket's directory, several hosts. SQLAlchemy
+    # normalises it first, since it copes with characters in a password that were not escaped.
+    url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql")
+    dsn = url.render_as_string(hide_password=False)
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=functools.partial(asyncpg.connect, dsn, timeout=settings.cc_db_timeout_seconds),
+        hide_parameters=True,
+        pool_size=settings.cc_db_pool_size,
+        # No overflow: the size is the number of connections that an operator has to reckon with.
+        max_overflow=0,
+        pool_timeout=settings.cc_db_timeout_seconds,
+        # The last one returned goes out first: warm, and where it died, the one that reconnects.
+        pool_use_lifo=True,
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return engine
+
+
+def create_sessions(settings: Settings) -> async_sessionmaker[AsyncSession]:
+    """Return the maker of the service's sessions, on an engine of their own.
+
+    Args:
+        settings: See `create_engine`.
+    """
+    return async_sessionmaker(
+        create_engine(settings), expire_on_commit=False, info={"timeout": settings.cc_db_timeout_seconds}
+    )
+
+
+async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
+    """Yield the request's session; commit what is open on it before the answer is sent.
+
+    Nothing is opened for a request that never uses it. A transaction that an earlier query began is
+    committed too, and the records that joined it with it; on an error it is rolled back.
+
+    Raises:
+        DatabaseUnavailableError: Also when the commit fails: then no answer has been sent.
+        NotStoredError: The same where the database is there and refuses.
+    """
+    session: AsyncSession = request.app.state.sessions()
+    try:
+        yield session
+        if session.in_transaction():
+            async with asyncio.timeout(session.info["timeout"]):
+                await session.commit()
+    except (SQLAlchemyError, TimeoutError) as error:
+        # Here and not left to whoever catches it: its text repeats the statement's parameters.
+        raise not_stored(error) from None
+    finally:
+        if session.in_transaction():
+            # Shielded: a request that is cancelled again meanwhile must still give its connection back.
+            await asyncio.shield(session.close())
+
+
+# scope="function": a commit after the response was sent would answer 200 for rows that may never be.
+DBSession = Annotated[AsyncSession, Depends(get_db_session, scope="function")]
+"""An endpoint's parameter that is the request's session."""
+
+
+class BoundLogL1(Protocol):
+    """`log_l1` with its session given."""
+
+    async def __call__(self, record: Record, *, request_id: str | None = None) -> UUID:
+        """See `backend.cc.services.logging.log_l1`."""
+
+
+async def get_log_l1(session: DBSession) -> BoundLogL1:
+    """Return `log_l1`, bound to the request's session."""
+    return functools.partial(log_l1, session)
+
+
+LogL1 = Annotated[BoundLogL1, Depends(get_log_l1, scope="function")]
+"""An endpoint's parameter that is `log_l1`, bound to the request's session."""
+
+
+def _refuse_closed(dbapi_connection: Any, *_: object) -> None:
+    # A server that restarts closes every connection. asyncpg has noticed by now, at no round trip; the
+    # pool then replaces this connection and, as they come up, all that are as old.
+    if dbapi_connection.driver_connection.is_closed():
+        raise InvalidatePoolError

@@ -1,0 +1,81 @@
+"""The three tables of L1 memory, in schema `mem0_cc`."""
+
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, DateTime, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA: Final = "mem0_cc"
+"""The PostgreSQL schema of all that is cc's."""
+
+NAME_LENGTH: Final = 255
+"""Characters a name may have: a role, an event type, a request id."""
+
+
+class Base(DeclarativeBase):
+    """Declarative base: everything in `mem0_cc`, every constraint named."""
+
+    metadata = MetaData(
+        schema=SCHEMA,
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_name)s",
+        },
+    )
+
+
+class BaseLog(Base):
+    """What every record has: when, where, in which request, in which trace.
+
+    Every key of the three tables is the record's id: one record is one id, and the schema can be
+    distributed by it.
+    """
+
+    __tablename__ = "base_log"
+    __table_args__ = (
+        Index(None, "request_id"),
+        Index(None, "trace_id"),
+        Index(None, "timestamp"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """UUIDv7, made by the client: time-ordered, so that inserts stay at the right edge of the index."""
+    timestamp: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    """When the record was handed to `log_l1`, by the service's clock."""
+    source_module: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    """The module that wrote it: "cc"."""
+    request_id: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    """The id that the answer's `X-Request-ID` says and every span of the request carries."""
+    trace_id: Mapped[str] = mapped_column(String(32))
+    """The trace's id, 32 hexadecimal digits (W3C Trace Context)."""
+
+
+class PromptTrace(Base):
+    """One message of a conversation with a model."""
+
+    __tablename__ = "prompt_trace"
+    __table_args__ = (
+        CheckConstraint("tokens_in >= 0", name="tokens_in_not_negative"),
+        CheckConstraint("tokens_out >= 0", name="tokens_out_not_negative"),
+    )
+
+    base_log_id: Mapped[UUID] = mapped_column(ForeignKey(BaseLog.id, ondelete="CASCADE"), primary_key=True)
+    role: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    content: Mapped[str] = mapped_column(Text)
+    tokens_in: Mapped[int] = mapped_column(Integer)
+    tokens_out: Mapped[int] = mapped_column(Integer)
+
+
+class EventLog(Base):
+    """One event of the system."""
+
+    __tablename__ = "event_log"
+
+    base_log_id: Mapped[UUID] = mapped_column(ForeignKey(BaseLog.id, ondelete="CASCADE"), primary_key=True)
+    event_type: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    payload: Mapped[dict[str, Any]] = mapped_column(JSONB)

