@@ -97,6 +97,14 @@ class Receiver:
                 self.send_header("content-length", "0")
                 self.end_headers()
 
+            def do_GET(self) -> None:
+                # What the Logfire SDK asks when it starts with a token: which project it belongs to.
+                body = b'{"project_name": "here", "project_url": "http://127.0.0.1"}'
+                self.send_response(HTTPStatus.OK)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
             def log_message(self, *_: object) -> None:
                 pass
 

@@ -66,8 +66,9 @@ def postgres_url() -> Iterator[str]:
         yield make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         return
     with ExitStack() as stack:
-        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="cos-cc-"))
-        yield stack.enter_context(server(Path(home) / "postgres"))
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cos-cc-")))
+        home.chmod(0o711)  # root's PostgreSQL runs as another user, who has to pass
+        yield stack.enter_context(server(home / "postgres"))
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from uuid import UUID
 
 import asyncpg
 from fastapi import Depends, Request
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import event, make_url
-from sqlalchemy.exc import InvalidatePoolError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.cc.services.logging import Record, log_l1, not_stored
+from backend.cc.services.logging import Record, database_call, database_error, log_l1
 
 
 class Settings(BaseSettings):
@@ -49,20 +49,40 @@ class Settings(BaseSettings):
     cc_trace_sql: bool = True
     """Whether SQL statements are spans of their own, without their parameters."""
 
+    @field_validator("database_url")
+    @classmethod
+    def _as_dsn(cls, value: SecretStr) -> SecretStr:
+        # asyncpg reads an address as libpq would: sslmode, a socket's directory, several hosts. SQLAlchemy
+        # reads it first, since it copes with characters in a password that were not escaped.
+        try:
+            url = make_url(value.get_secret_value())
+        except ArgumentError:
+            raise ValueError("is not a database URL") from None
+        if url.get_backend_name() not in ("postgres", "postgresql"):
+            raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
+        return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
-def create_engine(settings: Settings) -> AsyncEngine:
-    """Return the service's engine. Connects to nothing until it is used.
+
+def create_engine(settings: Settings, *, command_timeout: float | None = None) -> AsyncEngine:
+    """Return an engine for the service's database. Connects to nothing until it is used.
 
     Args:
         settings: Where the database is, how many connections, how long to wait for one.
+        command_timeout: Longest that any statement may take, in seconds, or None for no bound.
     """
-    # asyncpg reads the address, as libpq would: sslmode, a socket's directory, several hosts. SQLAlchemy
-    # normalises it first, since it copes with characters in a password that were not escaped.
-    url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql")
-    dsn = url.render_as_string(hide_password=False)
+    dsn = settings.database_url.get_secret_value()
+
+    async def connect() -> asyncpg.Connection:
+        try:
+            return await asyncpg.connect(dsn, timeout=settings.cc_db_timeout_seconds, command_timeout=command_timeout)
+        except OSError as error:
+            # Refused, no such host, timed out: made an error of the database's, which SQLAlchemy wraps
+            # like any other. Its own text would name the address.
+            raise asyncpg.ClientCannotConnectError(type(error).__name__) from None
+
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=functools.partial(asyncpg.connect, dsn, timeout=settings.cc_db_timeout_seconds),
+        async_creator=connect,
         hide_parameters=True,
         pool_size=settings.cc_db_pool_size,
         # No overflow: the size is the number of connections that an operator has to reckon with.
@@ -81,9 +101,10 @@ def create_sessions(settings: Settings) -> async_sessionmaker[AsyncSession]:
     Args:
         settings: See `create_engine`.
     """
-    return async_sessionmaker(
-        create_engine(settings), expire_on_commit=False, info={"timeout": settings.cc_db_timeout_seconds}
-    )
+    timeout = settings.cc_db_timeout_seconds
+    # The bound of an endpoint's own queries, and of the rollback after them: a server that hangs hangs there too.
+    engine = create_engine(settings, command_timeout=timeout)
+    return async_sessionmaker(engine, expire_on_commit=False, info={"timeout": timeout})
 
 
 async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
@@ -94,17 +115,17 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
 
     Raises:
         DatabaseUnavailableError: Also when the commit fails: then no answer has been sent.
-        NotStoredError: The same where the database is there and refuses.
+        DatabaseError: The same where the database is there and refuses.
     """
     session: AsyncSession = request.app.state.sessions()
     try:
         yield session
         if session.in_transaction():
-            async with asyncio.timeout(session.info["timeout"]):
+            async with database_call(session):
                 await session.commit()
-    except (SQLAlchemyError, TimeoutError) as error:
-        # Here and not left to whoever catches it: its text repeats the statement's parameters.
-        raise not_stored(error) from None
+    except SQLAlchemyError as error:
+        # An endpoint's own query. Not left to whoever catches it: its text repeats the row.
+        raise database_error(error) from None
     finally:
         if session.in_transaction():
             # Shielded: a request that is cancelled again meanwhile must still give its connection back.

@@ -3,10 +3,11 @@
 import json
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
 from backend.cc.deps import LogL1
 from backend.cc.mem0_models import NAME_LENGTH
@@ -73,6 +74,8 @@ async def json_object(request: Request) -> dict[str, Any]:
         raise _invalid(("header", "content-type"), "must be application/json")
     try:
         body = json.loads(await request.body())
+    except ClientDisconnect:
+        raise HTTPException(400) from None  # nobody is left to read it
     except (ValueError, RecursionError):
         # ValueError: not JSON, not UTF-8, or a number past Python's limit for decimal digits.
         rule = "must be JSON in UTF-8, its numbers below 4,300 digits, not nested too deeply"
@@ -93,15 +96,13 @@ async def json_object(request: Request) -> dict[str, Any]:
         }
     },
 )
-async def test_log(
-    body: Annotated[dict[str, Any], Depends(json_object)], log_l1: LogL1, request: Request
-) -> JSONResponse:
+async def test_log(request: Request, log_l1: LogL1) -> JSONResponse:
     """Write a prompt and an event to L1 memory, each with its base row, and say their ids.
 
     Both are committed when the answer arrives. For trying out: turn it off (`CC_DEBUG_ROUTES=false`)
     where the service can be reached by others.
     """
-    prompt, event = _records(body)
+    prompt, event = _records(await json_object(request))
     prompt_trace_id = await log_l1(prompt)
     event_log_id = await log_l1(event)
     return JSONResponse(

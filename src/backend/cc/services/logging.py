@@ -1,10 +1,11 @@
 """`log_l1`: write what happened into L1 memory, durable before it returns."""
 
 import asyncio
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -13,7 +14,7 @@ from uuid import UUID
 import asyncpg
 from opentelemetry import trace
 from pydantic_core import to_jsonable_python
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from uuid_utils.compat import uuid7
 
@@ -33,40 +34,45 @@ DEPTH_MAX: Final = 128
 """Levels of nesting that a payload keeps. PostgreSQL and Python each end at a depth of their own,
 which moves with their configuration; this one is below both and stays put."""
 
-INT_BITS_MAX: Final = 14_000
-"""Bits of an integer that is stored as a number, about 4,200 decimal digits; a longer one is stored as
-hexadecimal text. Python writes no more than 4,300 digits, `jsonb` no more than 131,072."""
+# Each statement is a whole record, atomic by itself and one round trip. It carries the client's id in every
+# part and selects nothing from `base`, so that a distributed PostgreSQL (Citus) sends it to one shard.
+# ON CONFLICT makes it safe to repeat when the connection dies before the answer.
 
-_BASE_LOG: Final = """\
+INSERT_PROMPT: Final = """\
 WITH base AS (
     INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 )
-"""
-# Each statement below is a record, atomic by itself and one round trip. It carries the client's id in
-# every part and selects nothing from `base`, so that a distributed PostgreSQL (Citus) sends it to one
-# shard. ON CONFLICT makes it safe to repeat when the connection dies before the answer.
-
-INSERT_PROMPT: Final = (
-    _BASE_LOG
-    + """\
 INSERT INTO mem0_cc.prompt_trace (base_log_id, role, content, tokens_in, tokens_out)
 VALUES ($1, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
-)
 """Writes a base row and its prompt."""
 
-INSERT_EVENT: Final = (
-    _BASE_LOG
-    + """\
+INSERT_EVENT: Final = """\
+WITH base AS (
+    INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
+    VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
+)
 INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload)
 VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
-)
 """Writes a base row and its event."""
 
 _UNAVAILABLE: Final = frozenset({"08", "25", "28", "3D", "40", "53", "55", "57", "58"})
 """Classes of SQLSTATE (PostgreSQL manual, appendix A) that tell of the server's condition, not of the
 statement: no connection, read-only, refused login, no such database, rolled back for another's sake,
 out of disk or connections, locked, shutting down, failing hardware."""
+
+_NOT_MIGRATED: Final = frozenset({"3F000", "42P01", "42703"})
+"""SQLSTATEs of a missing schema, table or column."""
+
+DATABASE_ERRORS: Final = (
+    SQLAlchemyError,
+    EmulatedDBAPIException,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+)
+"""What a database call raises, by way of SQLAlchemy or from asyncpg and the network directly."""
 
 tracer = trace.get_tracer("cos-cc")
 
@@ -84,12 +90,12 @@ class InvalidRecord(ValueError):  # noqa: N818 - a ValueError by another name
         self.field = field
 
 
-class NotStoredError(Exception):
-    """PostgreSQL has not acknowledged a record. Says the reason, and nothing of the record."""
+class DatabaseError(Exception):
+    """PostgreSQL has not acknowledged what it was asked for. Says why, and nothing of the statement."""
 
 
-class DatabaseUnavailableError(NotStoredError):
-    """Nothing is wrong with the record: the database can't be written to now. Worth trying again."""
+class DatabaseUnavailableError(DatabaseError):
+    """Nothing is wrong with the statement: the database can't be used now. Worth trying again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,7 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
     Raises:
         DatabaseUnavailableError: The database can't be written to now. The record may still have been
             stored where the connection broke between the commit and its answer.
-        NotStoredError: PostgreSQL refused, e.g. because no migration has been run.
+        DatabaseError: PostgreSQL refused, e.g. because no migration has been run.
         InvalidRecord: A ValueError: `request_id` is empty or too long.
     """
     if request_id is None:
@@ -210,49 +216,65 @@ def current_trace_id() -> str:
     return trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
 
 
-def not_stored(error: BaseException) -> NotStoredError:
-    """Say what a database's error means, and none of its text, which repeats the row.
+def database_error(error: Exception) -> DatabaseError:
+    """Return what a database call's error means, and none of its text, which repeats the row.
 
     Args:
         error: What SQLAlchemy, asyncpg or the network raised at a database call.
 
     Returns:
-        DatabaseUnavailableError where trying again later may help, else NotStoredError.
+        DatabaseUnavailableError where trying again later may help, else DatabaseError.
     """
     cause = getattr(error, "orig", None) or error
-    sqlstate = getattr(cause, "sqlstate", None)
-    reason = f"SQLSTATE {sqlstate}" if sqlstate else type(cause).__name__
-    if sqlstate == "42P01":
-        return NotStoredError(f"a table of mem0_cc is missing ({reason}): has `alembic upgrade head` been run?")
-    if sqlstate and sqlstate[:2] not in _UNAVAILABLE:
-        return NotStoredError(f"PostgreSQL refused the statement ({reason})")
-    return DatabaseUnavailableError(f"the database is unavailable ({reason})")
+    sqlstate: str | None = getattr(cause, "sqlstate", None)
+    if sqlstate is None:
+        if isinstance(error, InvalidRequestError):
+            return DatabaseError(f"the session can't be used ({type(error).__name__})")
+        return DatabaseUnavailableError(f"the database is unavailable ({type(cause).__name__})")
+    if sqlstate[:2] in _UNAVAILABLE:
+        return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {sqlstate})")
+    hint = ": has `alembic upgrade head` been run?" if sqlstate in _NOT_MIGRATED else ""
+    return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {sqlstate}){hint}")
 
 
-async def _store(session: AsyncSession, statement: str, values: Sequence[Any]) -> None:
+@contextlib.asynccontextmanager
+async def database_call(session: AsyncSession) -> AsyncIterator[None]:
+    """Bound what is done with `session` inside the block in time, and its errors in what they say.
+
+    Args:
+        session: Its `info["timeout"]` is the bound, in seconds; 5 where it does not say.
+
+    Raises:
+        DatabaseUnavailableError: See `database_error`.
+        DatabaseError: The same.
+    """
     try:
         async with asyncio.timeout(session.info.get("timeout", TIMEOUT_SECONDS)):
-            if session.in_transaction():
-                connection = await session.connection()
-                await connection.exec_driver_sql(statement, tuple(values))
-            elif isinstance(session.bind, AsyncEngine):
-                await _store_autocommit(session.bind, statement, values)
-            else:
-                async with session.begin():
-                    connection = await session.connection()
-                    await connection.exec_driver_sql(statement, tuple(values))
-    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        # `from None`: the original's text holds the row, and a traceback would print it.
-        raise not_stored(error) from None
+            yield
+    except DATABASE_ERRORS as error:
+        # `from None`: a traceback would print the original's text.
+        raise database_error(error) from None
 
 
-async def _store_autocommit(engine: AsyncEngine, statement: str, values: Sequence[Any]) -> None:
+async def _store(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> None:
+    async with database_call(session):
+        if session.in_transaction():
+            await (await session.connection()).exec_driver_sql(statement, values)
+        elif isinstance(session.bind, AsyncEngine):
+            await _store_autocommit(session.bind, statement, values)
+        else:  # bound to one connection, as tests do that roll everything back
+            async with session.begin():
+                await (await session.connection()).exec_driver_sql(statement, values)
+
+
+async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[Any, ...]) -> None:
     """Run the statement on a connection of its own, in one round trip: no BEGIN, no COMMIT.
 
     It is handed to asyncpg as it is. SQLAlchemy keeps the connections; between it and the wire
     there is nothing to compile, and going through it costs as much CPU time again as the statement.
     """
-    for last_try in (False, True):
+    retrying = False
+    while True:
         connection = await engine.raw_connection()
         driver: asyncpg.Connection = connection.driver_connection
         try:
@@ -265,10 +287,11 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: Sequenc
             died = driver.is_closed()
             if died:
                 connection.invalidate(error)
-            if not died or last_try or not isinstance(error, Exception):
+            if not died or retrying or not isinstance(error, Exception):
                 raise
             # The connection died, maybe long ago. The pool hands out the last one returned first, and
             # an invalidated one reconnects: the second try is on a fresh connection.
+            retrying = True
         else:
             return
         finally:
@@ -298,15 +321,16 @@ def clean_text(text: str) -> str:
 def to_jsonb(payload: Mapping[str, Any]) -> str:
     r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Never raises for a value in it.
 
-    NUL and lone surrogates become U+FFFD, in keys too; NaN and infinities null; what JSON can't
-    express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128 levels, or
-    contains itself, the text "[nested too deeply]".
+    NUL and lone surrogates become U+FFFD, in keys too, and keys that become equal by it get a number;
+    NaN and infinities become null; an integer of more than 4,300 digits hexadecimal text; what JSON
+    can't express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128 levels,
+    or contains itself, the text "[nested too deeply]".
 
     Args:
         payload: Any mapping.
     """
     try:
-        text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _dumps(payload)
         text.encode()
     except (TypeError, ValueError, RecursionError):
         pass
@@ -314,7 +338,10 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
         # Few payloads need more than these two looks. `[[[` can only be nested as deep as it has brackets.
         if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text
-    return json.dumps(_clean(payload, DEPTH_MAX), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _dumps(_clean(payload, DEPTH_MAX))
+
+
+_dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _clean(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one for each kind of value
@@ -324,22 +351,31 @@ def _clean(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one for each kind 
     if isinstance(value, str):
         return clean_text(str(value))
     if isinstance(value, int):
-        return int(value) if value.bit_length() < INT_BITS_MAX else hex(value)
+        try:
+            str(value)
+        except ValueError:  # more than 4,300 digits, see `sys.set_int_max_str_digits`
+            return hex(value)
+        return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if depth == 0:
         return "[nested too deeply]"
     if isinstance(value, Mapping):
-        cleaned: dict[str, Any] = {}
-        for key, item in value.items():
-            name = clean_text(key if isinstance(key, str) else str(_clean(key, depth - 1)))
-            while name in cleaned:  # two keys that differ in what can't be stored: neither value is dropped
-                name += "\ufffd"
-            cleaned[name] = _clean(item, depth - 1)
-        return cleaned
+        return _clean_mapping(value, depth)
     if isinstance(value, list | tuple):
         return [_clean(item, depth - 1) for item in value]
     return _clean(_usual_form(value), depth - 1)
+
+
+def _clean_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    cleaned: dict[str, Any] = {}
+    for key, item in value.items():
+        clean_key = _clean(key, depth - 1)
+        name = clean_key if isinstance(clean_key, str) else _dumps(clean_key)
+        while name in cleaned:  # two keys that differ in what can't be stored: neither value is dropped
+            name = f"{name}\ufffd{len(cleaned)}"
+        cleaned[name] = _clean(item, depth - 1)
+    return cleaned
 
 
 def _usual_form(value: Any) -> Any:

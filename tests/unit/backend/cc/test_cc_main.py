@@ -1,0 +1,234 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from otlp_receiver import Receiver, otlp_receiver
+from service import ROOT, running_service
+
+from backend.cc.cc_main import create_app, lifespan
+from backend.cc.deps import Settings
+
+CALLERS_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACEPARENT = f"00-{CALLERS_TRACE}-00f067aa0ba902b7-01"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with otlp_receiver() as receiver:
+        yield receiver
+
+
+def named(spans: tuple[ReadableSpan, ...], name: str) -> list[ReadableSpan]:
+    return [span for span in spans if span.name == name]
+
+
+def attributes(span: ReadableSpan) -> dict[str, object]:
+    return dict(span.attributes or {})
+
+
+async def test_a_request_is_one_whole_trace(client: httpx.AsyncClient, exporter: InMemorySpanExporter) -> None:
+    await client.post("/test-log", json={})  # connects, in SQL spans of its own
+    exporter.clear()
+    answer = (await client.post("/test-log", json={"message": "hello"})).json()
+    spans = exporter.get_finished_spans()
+    assert [(span.name, span.kind) for span in spans] == [
+        ("WITH", SpanKind.CLIENT),
+        ("log_l1", SpanKind.INTERNAL),
+        ("WITH", SpanKind.CLIENT),
+        ("log_l1", SpanKind.INTERNAL),
+        ("POST /test-log", SpanKind.SERVER),
+    ]
+    sql_of_prompt, prompt, sql_of_event, event, server = spans
+    assert server.parent is None
+    assert prompt.parent == event.parent == server.context
+    assert sql_of_prompt.parent == prompt.context
+    assert sql_of_event.parent == event.context
+    assert {format(span.context.trace_id, "032x") for span in spans} == {answer["trace_id"]}
+    assert {attributes(span)["request_id"] for span in spans} == {answer["request_id"]}
+    assert attributes(server)["layer"] == "api"
+    assert attributes(server)["http.status_code"] == 200
+    assert [attributes(span)["layer"] for span in (prompt, event)] == ["service", "service"]
+    assert attributes(prompt)["mem0.record_id"] == answer["prompt_trace_id"]
+    assert attributes(prompt)["mem0.event_type"] == "prompt_trace"
+    assert attributes(event)["mem0.record_id"] == answer["event_log_id"]
+    assert attributes(event)["mem0.event_type"] == "test_log"
+
+
+async def test_no_more_attributes_than_these_are_on_the_server_span(
+    client: httpx.AsyncClient, exporter: InMemorySpanExporter
+) -> None:
+    await client.post("/test-log?token=secret", json={"content": "secret", "secret": "secret"})
+    (server,) = named(exporter.get_finished_spans(), "POST /test-log")
+    assert "secret" not in server.to_json()
+    assert not [name for name in attributes(server) if name.startswith("fastapi.arguments.values")]
+
+
+@pytest.fixture
+def failing(app: FastAPI) -> FastAPI:
+    @app.get("/fails")
+    async def fails() -> None:
+        raise RuntimeError
+
+    return app
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ("POST", "/test-log", b"{}", 200),
+        ("GET", "/nowhere", b"", 404),
+        ("GET", "/test-log", b"", 405),
+        ("POST", "/test-log", b"x" * 1_048_577, 413),
+        ("POST", "/test-log", b"[]", 422),
+        ("GET", "/fails", b"", 500),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "mine"])
+@pytest.mark.usefixtures("failing")
+async def test_every_answer_says_the_request_id_exactly_once_and_every_span_has_it(
+    client: httpx.AsyncClient, exporter: InMemorySpanExporter, request_: tuple[str, str, bytes, int], given: str | None
+) -> None:
+    method, path, body, status = request_
+    headers = {"content-type": "application/json"} | ({"x-request-id": given} if given else {})
+    response = await client.request(method, path, content=body, headers=headers)
+    assert response.status_code == status
+    (request_id,) = response.headers.get_list("x-request-id")
+    assert request_id == (given or request_id)
+    spans = exporter.get_finished_spans()
+    assert len(spans) > 0
+    assert {attributes(span).get("request_id") for span in spans} == {request_id}
+    assert len([span for span in spans if span.kind is SpanKind.SERVER]) == 1
+
+
+async def test_an_unreachable_database_is_a_503_that_says_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Settings(database_url="postgresql://someone:secret@127.0.0.1:1/somewhere"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        response = await client.post("/test-log", json={}, headers={"x-request-id": "mine"})
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "5"
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    assert response.json() == {"detail": "The database is unavailable.", "request_id": "mine"}
+    assert caplog.messages[-1] == "POST mine: the database is unavailable (SQLSTATE 08001)"
+
+
+async def test_a_callers_baggage_and_traceparent_are_not_trusted(
+    client: httpx.AsyncClient, exporter: InMemorySpanExporter
+) -> None:
+    headers = {"baggage": "request_id=EVIL,layer=EVIL", "traceparent": TRACEPARENT, "tracestate": "evil=EVIL"}
+    answer = (await client.post("/test-log", json={}, headers=headers)).json()
+    assert answer["trace_id"] != CALLERS_TRACE
+    for span in exporter.get_finished_spans():
+        assert "EVIL" not in span.to_json()
+        assert format(span.context.trace_id, "032x") == answer["trace_id"]
+
+
+def test_a_trusted_callers_trace_is_continued(receiver: Receiver, database_url: str, tmp_path: Path) -> None:
+    environment = {"CC_DISTRIBUTED_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}
+    with running_service(database_url, tmp_path / "log", **environment) as service:
+        headers = {"traceparent": TRACEPARENT, "baggage": "request_id=EVIL"}
+        answer = httpx.post(f"{service.url}/test-log", json={}, headers=headers).json()
+        assert service.stop() in (0, -15)
+    assert answer["trace_id"] == CALLERS_TRACE
+    (server,) = [span for span in receiver.spans if span.name == "POST /test-log"]
+    assert server.parent_id == "00f067aa0ba902b7"
+    assert server.attributes["request_id"] == answer["request_id"] != "EVIL"
+
+
+def test_answered_requests_spans_are_delivered_when_the_process_is_told_to_stop(
+    receiver: Receiver, database_url: str, tmp_path: Path
+) -> None:
+    with running_service(database_url, tmp_path / "log", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint) as service:
+        answers = [httpx.post(f"{service.url}/test-log", json={}).json() for _ in range(20)]
+        service.stop()
+        assert "Traceback" not in service.log
+    whole = {"POST /test-log": 1, "log_l1": 2, "WITH": 2}
+    for answer in answers:
+        names = [span.name for span in receiver.spans if span.trace_id == answer["trace_id"]]
+        assert {name: names.count(name) for name in whole} == whole
+
+
+def test_ids_do_not_leak_between_requests_on_one_connection(
+    receiver: Receiver, database_url: str, tmp_path: Path
+) -> None:
+    with (
+        running_service(database_url, tmp_path / "log", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint) as service,
+        httpx.Client(base_url=service.url) as client,
+    ):
+        answers = [
+            client.post("/test-log", json={"content": "x" * size}).json() for size in (10, 200_000, 10, 200_000, 10)
+        ]
+        service.stop()
+    assert len({answer["request_id"] for answer in answers}) == len(answers)
+    assert len({answer["trace_id"] for answer in answers}) == len(answers)
+    for answer in answers:
+        spans = [span for span in receiver.spans if span.trace_id == answer["trace_id"]]
+        assert {span.attributes["request_id"] for span in spans} == {answer["request_id"]}
+        assert [span.parent_id for span in spans if span.name == "POST /test-log"] == [""]
+
+
+async def test_start_up_connects_to_nothing_and_the_end_is_bounded_in_time(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nothing"))
+    async with lifespan(app):
+        pass
+    assert [record.message for record in caplog.records if record.name == "backend.cc.cc_main"] == []
+
+
+async def test_spans_that_could_not_be_delivered_are_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("backend.cc.cc_main.SHUTDOWN_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+        app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nothing"))
+        async with lifespan(app):
+            with trace.get_tracer("test").start_as_current_span("undeliverable"):
+                pass
+        assert "Some spans could not be delivered within 0.1 s." in caplog.messages
+
+
+async def test_the_debug_route_can_be_left_out(settings: Settings) -> None:
+    app = create_app(settings.model_copy(update={"cc_debug_routes": False}))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        assert (await client.post("/test-log", json={})).status_code == 404
+        assert "/test-log" not in (await client.get("/openapi.json")).text
+
+
+def test_there_is_no_endpoint_that_nobody_asked_for(app: FastAPI) -> None:
+    assert [getattr(route, "path", "") for route in app.routes if getattr(route, "include_in_schema", False)] == []
+    assert list(app.openapi()["paths"]) == ["/test-log"]
+
+
+async def test_a_body_at_the_limit_is_taken(settings: Settings) -> None:
+    app = create_app(settings.model_copy(update={"cc_max_body_bytes": 100}))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        for size, status in ((100, 200), (101, 413)):
+            body = json.dumps({"content": "x" * (size - len('{"content": ""}'))})
+            response = await client.post("/test-log", content=body, headers={"content-type": "application/json"})
+            assert (len(body), response.status_code) == (size, status)
+
+
+def test_without_a_database_url_the_error_names_the_variable() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    started = subprocess.run(
+        [sys.executable, "-c", "import backend.cc.cc_main"],
+        env={**environment, "PYTHONPATH": str(ROOT / "src"), "LOGFIRE_TOKEN": "secret"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert started.returncode != 0
+    assert "database_url\n  Field required" in started.stderr
+    assert "secret" not in started.stderr

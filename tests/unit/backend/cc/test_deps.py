@@ -1,0 +1,174 @@
+import asyncio
+
+import asyncpg
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException
+from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from backend.cc.cc_main import create_app
+from backend.cc.deps import DBSession, LogL1, Settings, create_engine
+from backend.cc.services.logging import EventRecord, PromptRecord
+
+EVENT = EventRecord("tool.called", {})
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("postgres://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql://u:p@h:5433/d?sslmode=require", "postgresql://u:p@h:5433/d?sslmode=require"),
+        ("postgresql+asyncpg://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql+psycopg://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql://u:a%40b%2Fc%25d@h/d", "postgresql://u:a%40b%2Fc%25d@h/d"),
+        ("postgresql://u:a/b#c?d%e@h/d", "postgresql://u:a%2Fb%23c%3Fd%25e@h/d"),
+        ("postgresql:///d?host=/run/postgresql", "postgresql:///d?host=%2Frun%2Fpostgresql"),
+    ],
+)
+def test_a_database_url_is_read_in_any_form_a_user_writes_it(written: str, read: str) -> None:
+    assert Settings(database_url=written).database_url.get_secret_value() == read
+
+
+@pytest.mark.parametrize("wrong", ["mysql://u:secret@h/d", "u:secret@h", "secret"])
+def test_what_is_no_postgresql_url_is_refused_without_repeating_it(wrong: str) -> None:
+    with pytest.raises(ValidationError, match="database_url") as raised:
+        Settings(database_url=wrong)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CC_DB_POOL_SIZE", "0"),
+        ("CC_DB_TIMEOUT_SECONDS", "0"),
+        ("CC_MAX_BODY_BYTES", "-1"),
+        ("CC_DEBUG_ROUTES", "perhaps"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOGFIRE_TOKEN", "secret")
+    with pytest.raises(ValidationError, match=name.lower()) as raised:
+        Settings()
+    assert "secret" not in str(raised.value)
+
+
+def test_an_empty_variable_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGFIRE_TOKEN", "")
+    assert Settings().logfire_token is None
+
+
+def test_no_secret_shows_when_settings_are_printed() -> None:
+    settings = Settings(database_url="postgresql://u:secret@h/d", logfire_token="secret")
+    engine = create_engine(settings)
+    assert "secret" not in f"{settings!r} {settings} {settings.model_dump_json()} {engine!r} {engine.url!r}"
+
+
+@pytest.fixture
+def app(settings: Settings) -> FastAPI:
+    app = create_app(settings)
+
+    @app.post("/records")
+    async def records(log_l1: LogL1) -> str:
+        return str(await log_l1(PromptRecord("user", "hello")))
+
+    @app.post("/after-a-query")
+    async def after_a_query(session: DBSession, log_l1: LogL1) -> str:
+        await session.execute(text("SELECT 1"))
+        return str(await log_l1(EVENT))
+
+    @app.post("/after-an-error")
+    async def after_an_error(session: DBSession, log_l1: LogL1) -> None:
+        await session.execute(text("SELECT 1"))
+        await log_l1(EVENT)
+        raise HTTPException(418)
+
+    @app.post("/failing-commit")
+    async def failing_commit(session: DBSession) -> str:
+        await session.execute(text("INSERT INTO checked_at_commit VALUES (0)"))
+        return "done"
+
+    @app.post("/failing-query")
+    async def failing_query(session: DBSession) -> None:
+        await session.execute(text("SELECT * FROM nowhere WHERE x = :x"), {"x": "secret"})
+
+    @app.post("/own-timeout")
+    async def own_timeout(_: DBSession) -> None:
+        raise TimeoutError
+
+    return app
+
+
+async def test_a_record_is_committed_when_the_answer_arrives(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
+    record_id = (await client.post("/records")).json()
+    assert await db.fetchval("SELECT true FROM mem0_cc.prompt_trace WHERE base_log_id = $1", record_id)
+
+
+async def test_a_record_that_joined_an_earlier_query_is_committed_too(
+    client: httpx.AsyncClient, db: asyncpg.Connection
+) -> None:
+    record_id = (await client.post("/after-a-query")).json()
+    assert await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", record_id)
+
+
+async def test_an_error_rolls_back_what_is_open(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
+    assert (await client.post("/after-an-error")).status_code == 418
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+    assert await db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'") == 0
+
+
+async def test_a_commit_that_fails_is_never_a_2xx(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
+    await db.execute(
+        "CREATE TABLE parents (id int PRIMARY KEY);"
+        "CREATE TABLE checked_at_commit (id int REFERENCES parents DEFERRABLE INITIALLY DEFERRED)"
+    )
+    assert (await client.post("/failing-commit")).status_code == 500
+    assert await db.fetchval("SELECT count(*) FROM checked_at_commit") == 0
+
+
+async def test_a_query_that_fails_is_a_500_that_says_nothing_of_it(client: httpx.AsyncClient) -> None:
+    response = await client.post("/failing-query")
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+
+
+async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too() -> None:
+    app = create_app(Settings(database_url="postgresql://u:secret@127.0.0.1:1/d"))
+
+    @app.post("/querying")
+    async def querying(session: DBSession) -> None:
+        await session.execute(text("SELECT 1"))
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        response = await client.post("/querying")
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "5"
+
+
+async def test_an_endpoints_own_timeout_is_not_the_databases(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/own-timeout")).status_code == 500
+
+
+async def test_connections_that_died_between_two_requests_cost_no_record(
+    client: httpx.AsyncClient, db: asyncpg.Connection
+) -> None:
+    for _ in range(3):
+        answers = await asyncio.gather(*(client.post("/records") for _ in range(10)))
+        assert [answer.status_code for answer in answers] == [200] * 10
+        await db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+
+async def test_a_connection_known_to_be_closed_is_not_handed_out(sessions: async_sessionmaker[AsyncSession]) -> None:
+    async with sessions() as session:
+        connection = await (await session.connection()).get_raw_connection()
+        driver = connection.driver_connection
+        await session.rollback()
+        assert driver is not None
+        driver.terminate()
+        assert (await session.execute(text("SELECT 1"))).scalar_one() == 1

@@ -1,0 +1,582 @@
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import FrozenInstanceError
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, StrEnum
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
+from unittest.mock import ANY
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+import uvloop
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pytest_benchmark.fixture import BenchmarkFixture
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from uuid_utils.compat import uuid7
+from wire import counted
+
+from backend.cc.deps import Settings, create_sessions
+from backend.cc.mem0_models import BaseLog, EventLog
+from backend.cc.services.logging import (
+    DEPTH_MAX,
+    INSERT_EVENT,
+    DatabaseError,
+    DatabaseUnavailableError,
+    EventRecord,
+    InvalidRecord,
+    PromptRecord,
+    Record,
+    current_trace_id,
+    log_l1,
+    to_jsonb,
+)
+from common.logger_logfire import configure_logfire
+from common.request_id_middleware import request_id_var
+
+PROMPT = PromptRecord("user", "What is the capital of France?", tokens_in=9, tokens_out=0)
+EVENT = EventRecord("tool.called", {"tool": "search", "hits": [1, 2]})
+
+Sessions = async_sessionmaker[AsyncSession]
+
+
+@pytest.fixture
+def spans() -> InMemorySpanExporter:
+    exporter = InMemorySpanExporter()
+    configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(exporter)])
+    return exporter
+
+
+# What is written
+
+
+async def test_a_prompt_is_a_base_row_and_its_prompt_row(session: AsyncSession, db: asyncpg.Connection) -> None:
+    before = datetime.now(UTC)
+    record_id = await log_l1(session, PROMPT, request_id="req-1")
+    base = await db.fetchrow("SELECT * FROM mem0_cc.base_log")
+    assert dict(base) == {
+        "id": record_id,
+        "timestamp": ANY,
+        "source_module": "cc",
+        "request_id": "req-1",
+        "trace_id": ANY,
+    }
+    assert before <= base["timestamp"] <= datetime.now(UTC)
+    assert dict(await db.fetchrow("SELECT * FROM mem0_cc.prompt_trace")) == {
+        "base_log_id": record_id,
+        "role": "user",
+        "content": "What is the capital of France?",
+        "tokens_in": 9,
+        "tokens_out": 0,
+    }
+
+
+async def test_an_event_is_a_base_row_and_its_event_row(session: AsyncSession, db: asyncpg.Connection) -> None:
+    record_id = await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT id FROM mem0_cc.base_log") == record_id
+    event = await db.fetchrow("SELECT base_log_id, event_type, payload::text FROM mem0_cc.event_log")
+    assert tuple(event) == (record_id, "tool.called", '{"hits": [1, 2], "tool": "search"}')
+
+
+async def test_ids_are_uuid7_in_the_order_of_their_calls(session: AsyncSession) -> None:
+    ids = [await log_l1(session, EVENT) for _ in range(20)]
+    assert {record_id.version for record_id in ids} == {7}
+    assert ids == sorted(ids)
+
+
+@pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
+async def test_a_record_is_one_statement_and_one_round_trip(database_url: str, record: Record) -> None:
+    async with counted(database_url) as (url, wire):
+        sessions = create_sessions(Settings(database_url=url))
+        async with sessions() as session:
+            await log_l1(session, record)  # connects and prepares
+            wire.messages.clear()
+            for _ in range(5):
+                await log_l1(session, record)
+        assert wire.messages == {b"B": 5, b"E": 5, b"S": 5}  # Bind, Execute, Sync
+        assert wire.round_trips == 5
+        await sessions.kw["bind"].dispose()
+
+
+async def test_it_is_committed_when_log_l1_returns(session: AsyncSession, db: asyncpg.Connection) -> None:
+    for _ in range(5):
+        record_id = await log_l1(session, EVENT)
+        assert await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", record_id)
+    assert not session.in_transaction()
+
+
+# Transactions of the caller's
+
+
+async def test_inside_a_transaction_it_commits_with_it(session: AsyncSession, db: asyncpg.Connection) -> None:
+    async with session.begin():
+        await log_l1(session, PROMPT)
+        assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.prompt_trace") == 1
+
+
+async def test_inside_a_transaction_it_rolls_back_with_it(session: AsyncSession, db: asyncpg.Connection) -> None:
+    transaction = await session.begin()
+    await log_l1(session, EVENT)
+    await transaction.rollback()
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+
+
+async def test_it_joins_the_transaction_that_an_earlier_query_began(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    await session.execute(text("SELECT 1"))
+    await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+    await session.commit()
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 1
+
+
+async def test_it_joins_a_savepoint(session: AsyncSession, db: asyncpg.Connection) -> None:
+    async with session.begin():
+        kept = await log_l1(session, EVENT)
+        savepoint = await session.begin_nested()
+        await log_l1(session, EVENT)
+        await savepoint.rollback()
+    assert [row["id"] for row in await db.fetch("SELECT id FROM mem0_cc.base_log")] == [kept]
+
+
+async def test_a_session_bound_to_one_connection_works_too(sessions: Sessions, db: asyncpg.Connection) -> None:
+    async with sessions.kw["bind"].connect() as connection:
+        transaction = await connection.begin()
+        async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+            record_id = await log_l1(session, EVENT)
+            assert await session.get(EventLog, record_id)
+        await transaction.rollback()
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+
+
+# Ids and spans
+
+
+async def test_the_request_id_is_the_current_requests(session: AsyncSession, db: asyncpg.Connection) -> None:
+    token = request_id_var.set("of-this-request")
+    await log_l1(session, EVENT)
+    request_id_var.reset(token)
+    assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log") == "of-this-request"
+
+
+async def test_outside_any_request_the_id_is_a_fresh_one(session: AsyncSession, db: asyncpg.Connection) -> None:
+    await log_l1(session, EVENT)
+    await log_l1(session, EVENT)
+    ids = [row["request_id"] for row in await db.fetch("SELECT request_id FROM mem0_cc.base_log")]
+    assert len(set(ids)) == 2
+    assert {UUID(request_id).version for request_id in ids} == {4}
+    assert request_id_var.get() is None
+
+
+async def test_the_row_and_its_spans_carry_the_same_ids(
+    session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter
+) -> None:
+    await log_l1(session, EVENT)  # connects, in SQL spans of its own
+    spans.clear()
+    token = request_id_var.set("of-this-request")
+    with trace.get_tracer("test").start_as_current_span("caller"):
+        trace_id = current_trace_id()
+        record_id = await log_l1(session, EVENT, request_id="of-another-one")
+    request_id_var.reset(token)
+    sql, span, caller = spans.get_finished_spans()
+    assert dict(span.attributes or {}) == {
+        "layer": "service",
+        "request_id": "of-another-one",
+        "mem0.event_type": "tool.called",
+        "mem0.record_id": str(record_id),
+        "logfire.msg": "log_l1",
+        "logfire.span_type": "span",
+    }
+    assert span.name == "log_l1"
+    assert span.status.is_unset
+    assert sql.parent == span.context
+    assert span.parent == caller.context
+    assert (sql.attributes or {})["request_id"] == "of-another-one"
+    assert (caller.attributes or {})["request_id"] == "of-this-request"
+    row = await db.fetchrow("SELECT request_id, trace_id FROM mem0_cc.base_log WHERE id = $1", record_id)
+    assert tuple(row) == ("of-another-one", trace_id)
+
+
+async def test_the_row_does_not_depend_on_the_span(session: AsyncSession, db: asyncpg.Connection) -> None:
+    configure_logfire("cos-cc")  # nothing is recorded
+    await log_l1(session, EVENT)
+    trace_id = await db.fetchval("SELECT trace_id FROM mem0_cc.base_log")
+    assert int(trace_id, 16) > 0
+    assert len(trace_id) == 32
+
+
+async def test_no_content_is_on_any_span(sessions: Sessions, spans: InMemorySpanExporter) -> None:
+    secret = "a prompt nobody may read"
+    async with sessions() as session:
+        await log_l1(session, PromptRecord("user", secret))
+        await log_l1(session, EventRecord("e", {secret: secret}))
+        async with session.begin():
+            await log_l1(session, PromptRecord("user", secret))
+    assert len(spans.get_finished_spans()) > 3
+    for span in spans.get_finished_spans():
+        assert secret not in span.to_json()
+
+
+def test_outside_any_trace_the_current_trace_id_is_zero() -> None:
+    assert current_trace_id() == "0" * 32
+
+
+# What is plainly wrong is refused when the record is built
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: PromptRecord("", "x"), "role"),
+        (lambda: PromptRecord("r" * 256, "x"), "role"),
+        (lambda: PromptRecord(None, "x"), "role"),  # type: ignore[arg-type]
+        (lambda: PromptRecord("user", b"x"), "content"),  # type: ignore[arg-type]
+        (lambda: PromptRecord("user", "x", tokens_in=-1), "tokens_in"),
+        (lambda: PromptRecord("user", "x", tokens_in=2**31), "tokens_in"),
+        (lambda: PromptRecord("user", "x", tokens_out=-1), "tokens_out"),
+        (lambda: PromptRecord("user", "x", tokens_out=1.0), "tokens_out"),  # type: ignore[arg-type]
+        (lambda: PromptRecord("user", "x", tokens_out=True), "tokens_out"),
+        (lambda: EventRecord("", {}), "event_type"),
+        (lambda: EventRecord("e" * 256, {}), "event_type"),
+        (lambda: EventRecord("e", [1]), "payload"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_record_is_a_value_error_that_names_the_field(build: Callable[[], Record], field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be ") as raised:
+        build()
+    assert isinstance(raised.value, InvalidRecord)
+    assert raised.value.field == field
+
+
+def test_the_bounds_themselves_are_right() -> None:
+    PromptRecord("r" * 255, "", tokens_in=0, tokens_out=2**31 - 1)
+    EventRecord("e" * 255, {})
+
+
+@pytest.mark.parametrize("request_id", ["", "r" * 256])
+async def test_a_wrong_request_id_writes_nothing(
+    session: AsyncSession, db: asyncpg.Connection, request_id: str
+) -> None:
+    with pytest.raises(InvalidRecord, match="^request_id"):
+        await log_l1(session, EVENT, request_id=request_id)
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+
+
+def test_a_record_can_not_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PROMPT.role = "assistant"  # type: ignore[misc]
+
+
+# What PostgreSQL can not store never loses a record
+
+
+async def test_nul_and_lone_surrogates_become_replacement_characters(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    bad = "a\0b\ud800c\udfffd😀é"
+    good = "a\ufffdb\ufffdc\ufffdd😀é"
+    prompt = await log_l1(session, PromptRecord(bad, bad), request_id=bad)
+    event = await log_l1(session, EventRecord(bad, {bad: [bad, {bad: bad}]}))
+    row = await db.fetchrow("SELECT role, content FROM mem0_cc.prompt_trace WHERE base_log_id = $1", prompt)
+    assert tuple(row) == (good, good)
+    assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log WHERE id = $1", prompt) == good
+    row = await db.fetchrow("SELECT event_type, payload FROM mem0_cc.event_log WHERE base_log_id = $1", event)
+    assert (row["event_type"], json.loads(row["payload"])) == (good, {good: [good, {good: good}]})
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Size(StrEnum):
+    SMALL = "small"
+
+
+class Hostile:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+    __str__ = __repr__
+
+
+def itself() -> Mapping[str, Any]:
+    payload: dict[str, Any] = {}
+    payload["self"] = payload
+    return payload
+
+
+def nested(levels: int) -> dict[str, Any]:
+    payload: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        payload = {"a": payload}
+    return payload
+
+
+@pytest.mark.parametrize(
+    ("payload", "stored"),
+    [
+        ({"a": None, "b": True, "c": 1, "d": 1.5, "e": "é😀", "f": []}, None),
+        ({"a": math.nan, "b": [math.inf, -math.inf]}, {"a": None, "b": [None, None]}),
+        ({"a": 2**63, "b": -(10**4000)}, None),
+        ({"a": 10**4300 - 1, "b": math.nan}, {"a": 10**4300 - 1, "b": None}),
+        ({"a": 10**4300}, {"a": hex(10**4300)}),
+        ({"a": UUID(int=7)}, {"a": str(UUID(int=7))}),
+        ({"a": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}, {"a": "2026-01-02T03:04:05Z"}),
+        ({"a": date(2026, 1, 2), "b": timedelta(hours=1)}, {"a": "2026-01-02", "b": "PT1H"}),
+        ({"a": Decimal("1.10")}, {"a": "1.10"}),
+        ({"a": Colour.RED, "b": Size.SMALL}, {"a": "red", "b": "small"}),
+        ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
+        ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "b'\\xff\\x00'"}),
+        ({"a": MappingProxyType({"b": 1})}, {"a": {"b": 1}}),
+        ({"a": Hostile()}, {"a": "<Unserializable Hostile object>"}),
+        ({"a": ValueError("x")}, {"a": "x"}),
+        ({"\0": 1, "\ufffd": 2, "\ud800": 3}, {"\ufffd": 1, "\ufffd\ufffd1": 2, "\ufffd\ufffd2": 3}),  # noqa: F601 - they are three
+        ({"a": "\\u0000 is text", "b": "["}, {"a": "\\u0000 is text", "b": "["}),
+        ({"a": "[" * 1000}, None),
+        (nested(DEPTH_MAX), None),
+        ({"1" * 10_000: "x" * 100_000}, None),
+    ],
+)
+async def test_a_payload_is_stored_whatever_is_in_it(
+    session: AsyncSession, db: asyncpg.Connection, payload: Mapping[str, Any], stored: Any
+) -> None:
+    await log_l1(session, EventRecord("e", payload))
+    found = json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log"))
+    assert found == (payload if stored is None else stored)
+
+
+@pytest.mark.parametrize("payload", [itself(), nested(DEPTH_MAX + 1), nested(100_000)], ids=["itself", "129", "deep"])
+async def test_what_is_nested_too_deeply_is_cut_off_where_it_is(
+    session: AsyncSession, db: asyncpg.Connection, payload: Mapping[str, Any]
+) -> None:
+    await log_l1(session, EventRecord("e", payload))
+    found = json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log"))
+    depth = 0
+    while isinstance(found, dict):
+        (found,) = found.values()
+        depth += 1
+    assert (depth, found) == (DEPTH_MAX, "[nested too deeply]")
+
+
+@pytest.mark.parametrize("more", [{}, {"slow": math.nan}], ids=["as it is", "cleaned"])
+def test_keys_that_are_no_text_are_stored_as_json_writes_them(more: dict[str, Any]) -> None:
+    payload: dict[Any, Any] = {2: "a", None: "b", True: "c", 1.5: "d", **more}
+    assert json.loads(to_jsonb(payload)).items() >= {"2": "a", "null": "b", "true": "c", "1.5": "d"}.items()
+
+
+def test_keys_that_json_has_no_words_for_are_stored_as_their_text() -> None:
+    assert json.loads(to_jsonb({(1, 2): "a", UUID(int=7): "b"})) == {"[1,2]": "a", str(UUID(int=7)): "b"}  # type: ignore[dict-item]
+
+
+# When the database does not do it
+
+
+@pytest.mark.parametrize(
+    ("change", "unavailable"),
+    [
+        ("ALTER DATABASE {name} SET default_transaction_read_only = on", True),
+        ("DROP SCHEMA mem0_cc CASCADE", False),
+        ("ALTER TABLE mem0_cc.event_log ADD CONSTRAINT no_more CHECK (false) NOT VALID", False),
+    ],
+)
+@pytest.mark.parametrize("begin", [contextlib.nullcontext, AsyncSession.begin], ids=["own", "joined"])
+async def test_a_refusal_is_an_error_that_says_nothing_of_the_row(
+    database_url: str,
+    db: asyncpg.Connection,
+    change: str,
+    unavailable: bool,
+    begin: Callable[[AsyncSession], AbstractAsyncContextManager[object]],
+) -> None:
+    await db.execute(change.format(name=await db.fetchval("SELECT current_database()")))
+    sessions = create_sessions(Settings(database_url=database_url))
+    async with sessions() as session, begin(session):
+        with pytest.raises(DatabaseError) as raised:
+            await log_l1(session, EventRecord("e", {"a": "secret"}))
+    assert isinstance(raised.value, DatabaseUnavailableError) is unavailable
+    assert "SQLSTATE" in str(raised.value)
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+    assert "secret" not in str(raised.value)
+    await sessions.kw["bind"].dispose()
+
+
+async def test_a_session_that_can_not_be_used_is_an_error_of_its_own_kind(session: AsyncSession) -> None:
+    session.add(BaseLog(id=uuid4()))
+    with pytest.raises(Exception, match="null value"):
+        await session.flush()
+    with pytest.raises(DatabaseError, match="PendingRollbackError") as raised:
+        await log_l1(session, EVENT)
+    assert not isinstance(raised.value, DatabaseUnavailableError)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://nobody:secret@127.0.0.1:1/nothing",
+        "postgresql://nobody:secret@name.invalid/nothing",
+        "postgresql:///nothing?host=/nowhere",
+    ],
+)
+async def test_an_unreachable_database_is_unavailable_and_its_address_stays_out_of_it(url: str) -> None:
+    sessions = create_sessions(Settings(database_url=url))
+    async with sessions() as session:
+        with pytest.raises(DatabaseUnavailableError) as raised:
+            await log_l1(session, EVENT)
+    assert str(raised.value) == "the database is unavailable (SQLSTATE 08001)"
+    assert raised.value.__suppress_context__
+
+
+async def test_a_database_that_does_not_exist_is_unavailable(database_url: str) -> None:
+    sessions = create_sessions(Settings(database_url=database_url.replace("test_", "no_test_")))
+    async with sessions() as session:
+        with pytest.raises(DatabaseUnavailableError, match="3D000"):
+            await log_l1(session, EVENT)
+
+
+async def test_a_full_pool_is_unavailable_in_time_and_recovers(database_url: str) -> None:
+    settings = Settings(database_url=database_url, cc_db_pool_size=1, cc_db_timeout_seconds=0.2)
+    sessions = create_sessions(settings)
+    async with sessions() as session, sessions() as other:
+        async with session.begin():
+            await session.execute(text("SELECT 1"))
+            with pytest.raises(DatabaseUnavailableError):
+                await log_l1(other, EVENT)
+        await log_l1(other, EVENT)
+    await sessions.kw["bind"].dispose()
+
+
+async def backend(session: AsyncSession) -> int:
+    pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+    await session.rollback()
+    assert isinstance(pid, int)
+    return pid
+
+
+async def test_a_connection_that_died_unnoticed_costs_nothing(
+    session: AsyncSession, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log_l1(session, EVENT)
+    pid = await backend(session)
+    # The moment between the look at the connection and its use: it looks open, and is not any more.
+    monkeypatch.setattr("backend.cc.deps._refuse_closed", lambda *_: None)
+    await db.execute("SELECT pg_terminate_backend($1)", pid)
+    record_id = await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = $1", record_id) == 1
+
+
+async def test_a_record_whose_acknowledgement_was_lost_is_stored_once(
+    session: AsyncSession, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = asyncpg.Connection.execute
+    lost: list[str] = []
+
+    async def execute_and_lose(self: asyncpg.Connection, *args: Any) -> str:
+        answer: str = await execute(self, *args)
+        if args[0] == INSERT_EVENT and not lost:
+            lost.append(answer)
+            self.terminate()
+            raise asyncpg.ConnectionDoesNotExistError
+        return answer
+
+    await log_l1(session, EVENT)
+    monkeypatch.setattr(asyncpg.Connection, "execute", execute_and_lose)
+    record_id = await log_l1(session, EVENT)
+    assert lost == ["INSERT 0 1"]
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = $1", record_id) == 1
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 2
+
+
+async def test_there_is_one_retry_and_no_more(session: AsyncSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    async def die(self: asyncpg.Connection, *_: object) -> None:
+        tries.append("")
+        self.terminate()
+        raise asyncpg.ConnectionDoesNotExistError
+
+    await log_l1(session, EVENT)
+    monkeypatch.setattr(asyncpg.Connection, "execute", die)
+    with pytest.raises(DatabaseUnavailableError):
+        await log_l1(session, EVENT)
+    assert len(tries) == 2
+
+
+async def test_a_call_is_bounded_in_time_and_its_connection_replaced(database_url: str, db: asyncpg.Connection) -> None:
+    sessions = create_sessions(Settings(database_url=database_url, cc_db_timeout_seconds=0.3, cc_db_pool_size=1))
+    async with sessions() as session, db.transaction():
+        await log_l1(session, EVENT)
+        await db.execute("LOCK TABLE mem0_cc.base_log")
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await log_l1(session, EVENT)
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            async with session.begin():
+                await log_l1(session, EVENT)
+    async with sessions() as session:
+        await log_l1(session, EVENT)
+    await sessions.kw["bind"].dispose()
+
+
+async def test_a_cancelled_call_leaves_nothing_half_written_and_the_pool_recovers(
+    database_url: str, db: asyncpg.Connection
+) -> None:
+    sessions = create_sessions(Settings(database_url=database_url, cc_db_pool_size=2))
+    async with sessions() as session:
+        for delay in range(0, 20, 2):
+            task = asyncio.create_task(log_l1(session, EVENT))
+            await asyncio.sleep(delay / 10_000)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        kept = await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", kept)
+    halves = "SELECT count(*) FROM mem0_cc.base_log FULL JOIN mem0_cc.event_log ON base_log_id = id "
+    assert await db.fetchval(halves + "WHERE id IS NULL OR base_log_id IS NULL") == 0
+    await sessions.kw["bind"].dispose()
+
+
+async def test_many_at_once_are_all_written(sessions: Sessions, db: asyncpg.Connection) -> None:
+    async def one() -> UUID:
+        async with sessions() as session:
+            return await log_l1(session, EVENT)
+
+    ids = await asyncio.gather(*(one() for _ in range(200)))
+    assert len(set(ids)) == 200
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log") == 200
+
+
+# Latency, reported and not asserted: `./scripts/bench` is where it is compared
+
+
+@pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
+@pytest.mark.benchmark(group="one durable record")
+def test_latency_of_log_l1(benchmark: BenchmarkFixture, settings: Settings, record: Record) -> None:
+    configure_logfire("cos-cc")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sessions = create_sessions(settings)
+        session = sessions()
+        runner.run(log_l1(session, record))
+        benchmark.pedantic(lambda: runner.run(log_l1(session, record)), rounds=200, warmup_rounds=20)  # type: ignore[no-untyped-call]
+        runner.run(sessions.kw["bind"].dispose())
+
+
+@pytest.mark.benchmark(group="one durable record")
+def test_latency_of_the_bare_insert(benchmark: BenchmarkFixture, database_url: str) -> None:
+    async def insert(connection: asyncpg.Connection) -> None:
+        now = datetime.now(UTC)
+        await connection.execute(INSERT_EVENT, uuid7(), now, "cc", "r", "0" * 32, EVENT.event_type, "{}")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        connection = runner.run(asyncpg.connect(database_url))
+        benchmark.pedantic(lambda: runner.run(insert(connection)), rounds=200, warmup_rounds=20)  # type: ignore[no-untyped-call]
+        runner.run(connection.close())

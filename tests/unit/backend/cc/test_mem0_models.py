@@ -1,0 +1,138 @@
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from backend.cc.mem0_models import Base, BaseLog, EventLog, PromptTrace
+
+COLUMNS = {
+    "base_log": {
+        "id": "uuid",
+        "timestamp": "timestamp with time zone",
+        "source_module": "character varying(255)",
+        "request_id": "character varying(255)",
+        "trace_id": "character varying(32)",
+    },
+    "prompt_trace": {
+        "base_log_id": "uuid",
+        "role": "character varying(255)",
+        "content": "text",
+        "tokens_in": "integer",
+        "tokens_out": "integer",
+    },
+    "event_log": {"base_log_id": "uuid", "event_type": "character varying(255)", "payload": "jsonb"},
+}
+
+CONSTRAINTS = {
+    ("base_log", "pk_base_log", "PRIMARY KEY (id)"),
+    ("prompt_trace", "pk_prompt_trace", "PRIMARY KEY (base_log_id)"),
+    (
+        "prompt_trace",
+        "fk_prompt_trace_base_log_id",
+        "FOREIGN KEY (base_log_id) REFERENCES mem0_cc.base_log(id) ON DELETE CASCADE",
+    ),
+    ("prompt_trace", "ck_prompt_trace_tokens_in_not_negative", "CHECK ((tokens_in >= 0))"),
+    ("prompt_trace", "ck_prompt_trace_tokens_out_not_negative", "CHECK ((tokens_out >= 0))"),
+    ("event_log", "pk_event_log", "PRIMARY KEY (base_log_id)"),
+    (
+        "event_log",
+        "fk_event_log_base_log_id",
+        "FOREIGN KEY (base_log_id) REFERENCES mem0_cc.base_log(id) ON DELETE CASCADE",
+    ),
+}
+
+CATALOGUE_COLUMNS = """
+SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+WHERE c.relnamespace = 'mem0_cc'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 ORDER BY 1, a.attnum
+"""
+
+CATALOGUE_CONSTRAINTS = """
+SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE connamespace = 'mem0_cc'::regnamespace AND contype <> 'n'
+"""
+
+
+async def test_the_migrated_tables_have_exactly_these_columns_and_none_may_be_null(db: asyncpg.Connection) -> None:
+    rows = await db.fetch(CATALOGUE_COLUMNS)
+    found: dict[str, dict[str, str]] = {}
+    for table, column, type_, not_null in rows:
+        found.setdefault(table, {})[column] = type_
+        assert not_null, f"{table}.{column}"
+    assert found == COLUMNS
+
+
+async def test_the_migrated_constraints_are_exactly_these(db: asyncpg.Connection) -> None:
+    rows = await db.fetch(CATALOGUE_CONSTRAINTS)
+    assert {(table.removeprefix("mem0_cc."), name, rule) for table, name, rule in rows} == CONSTRAINTS
+
+
+async def test_records_are_found_by_request_by_trace_and_by_time(db: asyncpg.Connection) -> None:
+    rows = await db.fetch("SELECT indexdef FROM pg_indexes WHERE schemaname = 'mem0_cc' AND indexname LIKE 'ix%'")
+    assert {row["indexdef"].partition(" USING ")[2] for row in rows} == {
+        "btree (request_id)",
+        "btree (trace_id)",
+        'btree ("timestamp")',
+    }
+
+
+async def test_the_models_and_the_migrated_schema_name_everything_alike(db: asyncpg.Connection) -> None:
+    rows = await db.fetch(CATALOGUE_CONSTRAINTS)
+    declared = {str(constraint.name) for table in Base.metadata.tables.values() for constraint in table.constraints}
+    assert {row["conname"] for row in rows} == declared
+
+
+def base_log(**values: Any) -> BaseLog:
+    defaults = {
+        "id": uuid4(),
+        "timestamp": datetime.now(UTC),
+        "source_module": "cc",
+        "request_id": "req-1",
+        "trace_id": "0" * 32,
+    }
+    return BaseLog(**(defaults | values))
+
+
+async def test_what_the_models_write_they_read(session: AsyncSession) -> None:
+    prompt, event = base_log(), base_log()
+    session.add_all([prompt, event])
+    await session.flush()
+    session.add(PromptTrace(base_log_id=prompt.id, role="user", content="hi", tokens_in=1, tokens_out=2))
+    session.add(EventLog(base_log_id=event.id, event_type="tool.called", payload={"a": [1, None]}))
+    await session.commit()
+    stored = (await session.scalars(select(EventLog).where(EventLog.base_log_id == event.id))).one()
+    assert stored.payload == {"a": [1, None]}
+    assert (await session.get_one(PromptTrace, prompt.id)).tokens_out == 2
+
+
+async def test_deleting_a_base_row_takes_its_child_along(db: asyncpg.Connection) -> None:
+    record = uuid4()
+    await db.execute(
+        "WITH b AS (INSERT INTO mem0_cc.base_log VALUES ($1, now(), 'cc', 'r', 't')) "
+        "INSERT INTO mem0_cc.prompt_trace VALUES ($1, 'user', '', 0, 0)",
+        record,
+    )
+    await db.execute("DELETE FROM mem0_cc.base_log WHERE id = $1", record)
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.prompt_trace") == 0
+
+
+@pytest.mark.parametrize("tokens", [(-1, 0), (0, -1)])
+async def test_negative_tokens_are_refused_by_the_table_too(db: asyncpg.Connection, tokens: tuple[int, int]) -> None:
+    record = await _insert_base(db)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await db.execute("INSERT INTO mem0_cc.prompt_trace VALUES ($1, 'user', '', $2, $3)", record, *tokens)
+
+
+async def test_a_child_without_its_base_row_is_refused(db: asyncpg.Connection) -> None:
+    with pytest.raises(asyncpg.ForeignKeyViolationError):
+        await db.execute("INSERT INTO mem0_cc.event_log VALUES ($1, 'x', '{}')", uuid4())
+
+
+async def _insert_base(db: asyncpg.Connection) -> UUID:
+    record = uuid4()
+    await db.execute("INSERT INTO mem0_cc.base_log VALUES ($1, now(), 'cc', 'r', 't')", record)
+    return record

@@ -1,0 +1,148 @@
+from uuid import UUID
+
+import httpx
+import pytest
+from opentelemetry import trace
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from common.request_id_middleware import RequestIDMiddleware, is_valid_request_id, request_id_var
+
+
+async def say_id(request: Request) -> PlainTextResponse:
+    assert request.state.request_id == request_id_var.get()
+    return PlainTextResponse(request.state.request_id, headers={"x-request-id": "from-the-endpoint"})
+
+
+async def fail(_: Request) -> PlainTextResponse:
+    raise RuntimeError
+
+
+async def greet(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_text(websocket.state.request_id)
+    await websocket.close()
+
+
+def client(**options: object) -> httpx.AsyncClient:
+    app = Starlette(routes=[Route("/", say_id), Route("/fail", fail), WebSocketRoute("/ws", greet)])
+    wrapped = RequestIDMiddleware(app, **options)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(wrapped, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://cc")
+
+
+async def test_a_request_without_an_id_gets_a_uuid_v4() -> None:
+    response = await client().get("/")
+    assert UUID(response.text).version == 4
+    assert str(UUID(response.text)) == response.text
+
+
+async def test_the_answer_says_the_id_exactly_once_whatever_the_endpoint_set() -> None:
+    response = await client().get("/")
+    assert response.headers.get_list("x-request-id") == [response.text]
+
+
+@pytest.mark.parametrize("kept", ["a", "A.b_c-9", "x" * 128, "0af7651916cd43dd8448eb211c80319c"])
+async def test_an_inbound_id_that_fits_is_kept(kept: str) -> None:
+    assert (await client().get("/", headers={"X-Request-ID": kept})).text == kept
+
+
+@pytest.mark.parametrize(
+    "replaced", ["", "x" * 129, "a b", "a\tb", "a/b", "é", "a;b", "<script>", "a\x00b", "²", "٣"], ids=repr
+)
+async def test_an_inbound_id_that_does_not_fit_is_replaced(replaced: str) -> None:
+    response = await client().get("/", headers={b"x-request-id": replaced.encode()})
+    assert response.status_code == 200
+    assert UUID(response.text).version == 4
+
+
+@pytest.mark.parametrize("value", ["abc\n", "\nabc", "abc\r\nset-cookie: a=b"], ids=repr)
+def test_a_line_break_is_never_valid(value: str) -> None:
+    assert not is_valid_request_id(value)
+
+
+async def test_two_inbound_ids_are_none() -> None:
+    response = await client().get("/", headers=[("x-request-id", "one"), ("x-request-id", "two")])
+    assert UUID(response.text).version == 4
+
+
+async def test_an_unhandled_exception_is_answered_with_the_id() -> None:
+    response = await client().get("/fail", headers={"x-request-id": "mine"})
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "mine"
+
+
+async def test_header_name_generator_and_validator_are_options() -> None:
+    custom = client(header_name="X-Correlation-ID", generator=lambda: "made", validator=str.isdigit)
+    kept = await custom.get("/", headers={"x-correlation-id": "42"})
+    assert kept.headers["x-correlation-id"] == "42"
+    made = await custom.get("/", headers={"x-correlation-id": "not a number"})
+    assert made.headers["x-correlation-id"] == "made"
+
+
+async def test_a_websocket_has_an_id_and_its_handshake_says_it() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = RequestIDMiddleware(Starlette(routes=[WebSocketRoute("/ws", greet)]))
+    await app({"type": "websocket", "path": "/ws", "headers": [(b"x-request-id", b"mine")]}, receive, send)
+    accepted, greeting = sent[:2]
+    assert accepted["headers"] == [(b"x-request-id", b"mine")]
+    assert greeting["text"] == "mine"
+
+
+async def test_other_scopes_pass_through_untouched() -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    scope: Scope = {"type": "lifespan"}
+    await RequestIDMiddleware(app)(scope, _no_message, _nowhere)
+    assert seen == [{"type": "lifespan"}]
+
+
+async def test_nothing_is_left_behind_for_the_next_request_of_the_connection() -> None:
+    ids: list[str | None] = []
+    traces: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        ids.append(request_id_var.get())
+        traces.append(trace.get_current_span().get_span_context().trace_id)
+
+    middleware = RequestIDMiddleware(app)
+    leftover = trace.NonRecordingSpan(trace.SpanContext(trace_id=1, span_id=1, is_remote=False))
+    with trace.use_span(leftover):  # what a reused context looks like
+        token = request_id_var.set("of the request before")
+        for _ in range(2):
+            await middleware({"type": "http", "headers": []}, _no_message, _nowhere)
+        assert request_id_var.get() == "of the request before"
+        request_id_var.reset(token)
+    assert len({"of the request before", *ids}) == 3
+    assert traces == [0, 0]
+
+
+async def test_the_servers_shared_state_is_not_written_to() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["state"] == {"pool": 1, "request_id": request_id_var.get()}
+
+    shared = {"pool": 1}
+    await RequestIDMiddleware(app)({"type": "http", "headers": [], "state": shared}, _no_message, _nowhere)
+    assert shared == {"pool": 1}
+
+
+async def _no_message() -> Message:
+    raise AssertionError
+
+
+async def _nowhere(message: Message) -> None:
+    raise AssertionError(message)

@@ -1,0 +1,96 @@
+import asyncio
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import asyncpg
+import pytest
+from conftest import execute, run_alembic
+from sqlalchemy import make_url
+
+TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
+ALL_TABLES = ["base_log", "event_log", "prompt_trace"]
+
+
+async def fetchval(url: str, query: str) -> object:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
+
+
+def assert_done(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: str) -> None:
+    assert_done(run_alembic(empty_database_url, "upgrade", "head"))
+    assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
+    assert_done(run_alembic(empty_database_url, "downgrade", "base"))
+    assert await fetchval(empty_database_url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'mem0_cc'") == 0
+    assert_done(run_alembic(empty_database_url, "upgrade", "head"))
+    assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
+
+
+async def test_check_finds_no_drift_beside_other_peoples_schemas(database_url: str) -> None:
+    await execute(
+        database_url,
+        "CREATE SCHEMA theirs",
+        "CREATE TABLE theirs.base_log (id int PRIMARY KEY)",
+        "CREATE TABLE public.unrelated (id int)",
+        "CREATE TABLE public.alembic_version (version_num text PRIMARY KEY)",
+        "INSERT INTO public.alembic_version VALUES ('theirs')",
+    )
+    assert_done(run_alembic(database_url, "check"))
+    assert_done(run_alembic(database_url, "upgrade", "head"))
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        "ALTER TABLE mem0_cc.base_log ADD COLUMN extra int",
+        "ALTER TABLE mem0_cc.base_log ALTER COLUMN request_id SET DEFAULT 'x'",
+        "ALTER TABLE mem0_cc.event_log ALTER COLUMN payload DROP NOT NULL",
+        "DROP INDEX mem0_cc.ix_base_log_trace_id",
+        "CREATE TABLE mem0_cc.extra (id int)",
+    ],
+)
+async def test_check_finds_drift_of_our_own(database_url: str, drift: str) -> None:
+    await execute(database_url, drift)
+    assert run_alembic(database_url, "check").returncode != 0
+
+
+async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for result in threads.map(lambda _: run_alembic(empty_database_url, "upgrade", "head"), range(4)):
+            assert_done(result)
+    assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
+
+
+def test_the_sql_can_be_had_without_a_database() -> None:
+    result = run_alembic("", "upgrade", "head", "--sql")
+    assert_done(result)
+    assert "CREATE SCHEMA IF NOT EXISTS mem0_cc" in result.stdout
+    assert result.stdout.count("CREATE TABLE mem0_cc.") == 3
+
+
+async def test_the_sql_makes_the_same_schema(empty_database_url: str) -> None:
+    await execute(empty_database_url, run_alembic("", "upgrade", "head", "--sql").stdout)
+    assert_done(run_alembic(empty_database_url, "check"))
+
+
+async def test_downgrade_takes_nothing_that_is_not_ours(database_url: str) -> None:
+    await execute(database_url, "CREATE TABLE mem0_cc.theirs (id int)")
+    assert run_alembic(database_url, "downgrade", "base").returncode != 0
+    assert await fetchval(database_url, TABLES) == [*ALL_TABLES, "theirs"]
+
+
+@pytest.mark.parametrize("password", ["p@ss/w:rd", "100%", "%40", "ü#?&=+ "])
+async def test_odd_characters_in_the_password_are_no_problem(database_url: str, password: str) -> None:
+    # That it arrives is shown by a server that has none of this name: an address read wrongly would be
+    # an error of another kind.
+    quoted = database_url.replace("postgres@", f"no_such_role:{quote(password, safe='')}@", 1)
+    assert make_url(quoted).password == password
+    result = await asyncio.to_thread(run_alembic, quoted, "current")
+    assert 'role "no_such_role" does not exist' in result.stderr
