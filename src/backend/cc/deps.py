@@ -1,6 +1,7 @@
 """What endpoints and services are given: the settings, a session, `log_l1`."""
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Protocol
@@ -10,11 +11,11 @@ import asyncpg
 from fastapi import Depends, Request
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import event, make_url
+from sqlalchemy import ExceptionContext, event, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.cc.services.logging import Record, database_call, database_error, log_l1
+from backend.cc.services.logging import DatabaseError, Record, database_call, database_error, log_l1
 
 
 class Settings(BaseSettings):
@@ -92,6 +93,7 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
         pool_use_lifo=True,
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    event.listen(engine.sync_engine, "handle_error", _cut_off)
     return engine
 
 
@@ -129,7 +131,8 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
     finally:
         if session.in_transaction():
             # Shielded: a request that is cancelled again meanwhile must still give its connection back.
-            await asyncio.shield(session.close())
+            with contextlib.suppress(DatabaseError):
+                await asyncio.shield(session.close())
 
 
 # scope="function": a commit after the response was sent would answer 200 for rows that may never be.
@@ -158,3 +161,11 @@ def _refuse_closed(dbapi_connection: Any, *_: object) -> None:
     # pool then replaces this connection and, as they come up, all that are as old.
     if dbapi_connection.driver_connection.is_closed():
         raise InvalidatePoolError
+
+
+def _cut_off(context: ExceptionContext) -> DatabaseError | None:
+    # A statement that timed out: SQLAlchemy passes it on as it is, and would use the connection again.
+    if not isinstance(context.original_exception, OSError):
+        return None
+    context.is_disconnect = True
+    return database_error(context.original_exception)

@@ -190,3 +190,11 @@ def test_metrics_are_not_exported(receiver: Receiver, monkeypatch: pytest.Monkey
     logfire.metric_counter("requests").add(1)
     logfire.force_flush()
     assert receiver.requests == 0
+
+
+async def test_where_the_database_is_stays_off_its_spans(database_url: str) -> None:
+    exporter = recorded()
+    await _query(database_url)
+    for span in exporter.get_finished_spans():
+        assert (span.attributes or {})["db.system"] == "postgresql"
+        assert not {"db.user", "net.peer.name", "net.peer.port"} & set(span.attributes or {})

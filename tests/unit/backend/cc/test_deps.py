@@ -172,3 +172,16 @@ async def test_a_connection_known_to_be_closed_is_not_handed_out(sessions: async
         assert driver is not None
         driver.terminate()
         assert (await session.execute(text("SELECT 1"))).scalar_one() == 1
+
+
+async def test_an_endpoints_query_that_takes_too_long_is_a_503(database_url: str, db: asyncpg.Connection) -> None:
+    app = create_app(Settings(database_url=database_url, cc_db_timeout_seconds=0.3))
+
+    @app.post("/querying")
+    async def querying(session: DBSession) -> None:
+        await session.execute(text("SELECT * FROM mem0_cc.base_log"))
+
+    async with db.transaction(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        await db.execute("LOCK TABLE mem0_cc.base_log")
+        assert (await client.post("/querying")).status_code == 503
+    await app.state.sessions.kw["bind"].dispose()

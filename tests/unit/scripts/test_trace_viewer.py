@@ -1,0 +1,200 @@
+"""`scripts/traces`, with a viewer that is a stub: a web server that writes down what it was started with."""
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import serve
+import trace_viewer
+from service import free_port
+
+STUB = """\
+import http.server, os, pathlib
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        with open("received", "a") as file:
+            print(self.path, self.headers["x-api-key"] == os.environ["LIGHTTRACE_API_KEYS"], file=file)
+        self.do_GET()
+
+def main():
+    pathlib.Path("environment").write_text("\\n".join(sorted(os.environ)))
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    address = (os.environ["LIGHTTRACE_HOST"], int(os.environ["LIGHTTRACE_PORT"]))
+    http.server.ThreadingHTTPServer(address, Handler).serve_forever()
+"""
+
+SEND_ONE = """\
+import os, urllib.request
+name, _, value = os.environ["OTEL_EXPORTER_OTLP_HEADERS"].partition("=")
+address = os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] + "/v1/traces"
+urllib.request.urlopen(urllib.request.Request(address, b"", {name: value}))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment in which the viewer is the stub."""
+    venv.create(tmp_path / "v", symlinks=True)
+    (site_packages,) = (tmp_path / "v").glob("lib/python*/site-packages")
+    (site_packages / "lighttrace.py").write_text(STUB)
+    return tmp_path / "v"
+
+
+def start(environment: Path, port: int, *command: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [environment / "bin/python", trace_viewer.__file__, *command],
+        env={**os.environ, "TRACES_PORT": str(port), **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(environment: Path, port: int, *command: str, **variables: str) -> tuple[str, str, int]:
+    process = start(environment, port, *command, **variables)
+    return *process.communicate(timeout=60), process.returncode
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_command_s_traces_go_to_the_viewer_which_ends_after_it(environment: Path) -> None:
+    port = free_port()
+    *_, code = run(environment, port, sys.executable, "-c", SEND_ONE)
+    assert code == 0
+    assert (environment / "var/received").read_text() == "/v1/traces True\n"
+    eventually(lambda: is_free(port))
+
+
+def test_the_command_becomes_the_process_so_that_signals_and_the_exit_code_are_its_own(environment: Path) -> None:
+    *_, code = run(environment, free_port(), "sh", "-c", "kill -9 $$")
+    assert code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_viewer_ends_however_the_command_ends(environment: Path, number: int) -> None:
+    port = free_port()
+    command = start(environment, port, sys.executable, "-c", "print('started', flush=True); input()")
+    assert command.stdout is not None
+    assert command.stdout.readline() == "started\n"
+    assert not is_free(port)
+    os.killpg(command.pid, number)
+    command.communicate(timeout=20)
+    eventually(lambda: is_free(port))
+
+
+def test_the_viewer_survives_a_ctrl_c_until_the_command_has_delivered_its_last_spans(environment: Path) -> None:
+    deliver = f"try:\n    print('started', flush=True)\n    input()\nexcept KeyboardInterrupt:\n    exec({SEND_ONE!r})"
+    command = start(environment, free_port(), sys.executable, "-c", deliver)
+    assert command.stdout is not None
+    command.stdout.readline()
+    os.killpg(command.pid, signal.SIGINT)
+    command.communicate(timeout=20)
+    assert command.returncode == 0
+    assert (environment / "var/received").read_text() == "/v1/traces True\n"
+
+
+def test_without_a_command_the_viewer_runs_alone_and_says_how_to_reach_it(environment: Path) -> None:
+    port = free_port()
+    viewer = start(environment, port)
+    assert viewer.stdout is not None
+    assert f"http://127.0.0.1:{port}/#/p/cos-cc (password: " in viewer.stdout.readline()
+    httpx.get(f"http://127.0.0.1:{port}").raise_for_status()
+    os.killpg(viewer.pid, signal.SIGINT)
+    assert f"export OTEL_EXPORTER_OTLP_ENDPOINT='http://127.0.0.1:{port}'\n" in list(viewer.stdout)
+    viewer.communicate(timeout=20)
+    eventually(lambda: is_free(port))
+
+
+def test_the_password_stays_and_the_key_changes(environment: Path) -> None:
+    say = ("sh", "-c", "echo $TRACES_NOTE; echo $OTEL_EXPORTER_OTLP_HEADERS")
+    port = free_port()
+    first = run(environment, port, *say)[0].splitlines()
+    eventually(lambda: is_free(port))
+    second = run(environment, port, *say)[0].splitlines()
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_what_the_viewer_keeps_is_private_and_nothing_of_the_caller_s_reaches_it(environment: Path) -> None:
+    variables = {"LIGHTTRACE_PRICES": "{}", "LOGFIRE_TOKEN": "secret", "DATABASE_URL": "postgresql://secret"}
+    run(environment, free_port(), "true", **variables)
+    home = environment / "var"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((home / "password").stat().st_mode) == 0o600
+    started_with = (home / "environment").read_text().split()
+    assert not {"LIGHTTRACE_PRICES", "LOGFIRE_TOKEN", "DATABASE_URL"} & set(started_with)
+
+
+def test_an_endpoint_for_traces_alone_does_not_win_over_the_viewer(environment: Path) -> None:
+    printed, *_ = run(
+        environment, free_port(), "env", OTEL_EXPORTER_OTLP_TRACES_ENDPOINT="http://127.0.0.1:1/v1/traces"
+    )
+    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" not in printed
+    assert "OTEL_METRICS_EXPORTER=none" in printed
+    assert "OTEL_LOGS_EXPORTER=none" in printed
+
+
+def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
+    shutil.copytree(Path(trace_viewer.__file__).parent, tmp_path / "scripts")
+    (tmp_path / "scripts/traces").write_text('#!/bin/sh\necho "$@"\n')
+    command = [str(tmp_path / "scripts/serve"), "--traces", "--workers", "2"]
+    assert subprocess.check_output(command, text=True) == "./scripts/serve --workers 2\n"
+
+
+def test_serve_prints_the_viewer_s_address_below_the_curl_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACES_NOTE", "See the traces there")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        serve.announce(listener.getsockname()[1])
+    printed = capsys.readouterr().out
+    assert 0 <= printed.find("curl") < printed.find("See the traces there")
+
+
+def test_a_port_that_is_taken_is_refused_with_the_way_out(environment: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        printed, errors, code = run(environment, port, "echo", "never")
+    assert code == 1
+    assert printed == ""
+    assert f"TRACES_PORT={port + 1}" in errors
+
+
+def test_a_viewer_that_does_not_start_is_shown_with_its_log(environment: Path) -> None:
+    (stub,) = environment.glob("lib/python*/site-packages/lighttrace.py")
+    stub.write_text("raise SystemExit('out of order')")
+    printed, errors, code = run(environment, free_port(), "echo", "never")
+    assert code == 1
+    assert printed == ""
+    assert "out of order" in errors

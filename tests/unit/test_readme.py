@@ -1,0 +1,114 @@
+"""The README says nothing that is not so."""
+
+import os
+import re
+import subprocess
+import sys
+
+import asyncpg
+import httpx
+import pytest
+from conftest import ROOT
+from fastapi import APIRouter, FastAPI
+
+from backend.cc.deps import Settings
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+async def test_the_endpoint_of_the_readme_writes_what_it_says(
+    app: FastAPI, client: httpx.AsyncClient, db: asyncpg.Connection
+) -> None:
+    names: dict[str, object] = {}
+    exec(blocks("python")[0], names)  # noqa: S102 - the README's own code
+    router = names["router"]
+    assert isinstance(router, APIRouter)
+    app.include_router(router)
+    response = await client.post("/ask", params={"question": "What is the capital of France?"})
+    assert response.status_code == 200
+    rows = await db.fetch("SELECT content, tokens_in FROM mem0_cc.prompt_trace")
+    assert [tuple(row) for row in rows] == [("What is the capital of France?", 9)]
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE event_type = 'model.called'") == 1
+    assert await db.fetchval("SELECT count(DISTINCT (request_id, trace_id)) FROM mem0_cc.base_log") == 1
+
+
+async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, db: asyncpg.Connection) -> None:
+    printed = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
+        [sys.executable, "-c", blocks("python")[1]],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "DATABASE_URL": database_url},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert (
+        await db.fetchval("SELECT event_type FROM mem0_cc.event_log WHERE base_log_id = $1", printed) == "job.finished"
+    )
+
+
+async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(client: httpx.AsyncClient) -> None:
+    (line,) = [block for block in blocks("sh") if block.startswith("curl")]
+    assert "POST http://127.0.0.1:8000/test-log -H 'content-type: application/json' -d '{" in line
+    body = re.search(r"-d '(.*)'", line)
+    assert body
+    response = await client.post("/test-log", content=body[1], headers={"content-type": "application/json"})
+    (answer,) = blocks("json")
+    assert response.json().keys() == set(re.findall(r'"(\w+)":', answer))
+
+
+def test_the_configuration_table_is_the_settings() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|none.*?) \| (.+) \|$", README, re.MULTILINE)
+    described = {name.lower(): default for name, default, _ in rows}
+    assert described.keys() == Settings.model_fields.keys()
+    for name, default in described.items():
+        value = Settings.model_fields[name].default
+        expected = "" if Settings.model_fields[name].is_required() or value is None else str(value)
+        assert default == (expected.lower() if isinstance(value, bool) else expected), name
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("request_id", "req-1"), ("trace_id", "f" * 32), ("id", "00000000-0000-7000-8000-000000000000")],
+)
+async def test_the_query_of_the_readme_uses_an_index(db: asyncpg.Connection, column: str, value: str) -> None:
+    (query,) = blocks("sql")
+    assert "request_id = '<request id>'" in query
+    query = query.replace("request_id = '<request id>'", f"{column} = '{value}'")
+    await db.execute(
+        "INSERT INTO mem0_cc.base_log SELECT gen_random_uuid(), now(), 'cc', 'r' || n, 't' || n "
+        "FROM generate_series(1, 5000) n; ANALYZE mem0_cc.base_log"
+    )
+    plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN {query}"))
+    assert "Seq Scan on base_log" not in plan
+
+
+async def test_the_pruning_of_the_readme_takes_the_children_along(db: asyncpg.Connection) -> None:
+    pruning = re.search(r"`(DELETE FROM .*?)`", README)
+    assert pruning
+    await db.execute(
+        "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now() - interval '31 days', 'cc', 'old', 't');"
+        "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now(), 'cc', 'new', 't');"
+        "INSERT INTO mem0_cc.event_log SELECT id, 'e', '{}' FROM mem0_cc.base_log"
+    )
+    assert await db.execute(pruning[1]) == "DELETE 1"
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log") == 1
+
+
+def test_every_file_that_the_documentation_names_exists() -> None:
+    documents = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document}: {target}"
+    for script in re.findall(r"\./scripts/(\w+)", "".join(document.read_text() for document in documents)):
+        path = ROOT / "scripts" / script
+        assert os.access(path, os.X_OK), script
+
+
+def test_every_script_says_in_its_first_lines_what_it_does() -> None:
+    for script in (ROOT / "scripts").iterdir():
+        if script.is_file():
+            first, second = script.read_text().splitlines()[:2]
+            assert second.startswith("# ") or '"""' in first + second, script
