@@ -42,6 +42,27 @@ class TestLogResponse(BaseModel):
     event_log_id: Annotated[str, Field(description="The event's `base_log_id`, a UUIDv7.")]
 
 
+class Problem(BaseModel):
+    """One thing that is wrong with a request. Never repeats the input: it may be a prompt."""
+
+    type: Annotated[str, Field(description="The kind of problem.")]
+    loc: Annotated[list[str | int], Field(description="Where it is: `body` or `header`, then the key.")]
+    msg: Annotated[str, Field(description="What every right value is like.")]
+
+
+class Invalid(BaseModel):
+    """All that is wrong with a request."""
+
+    detail: list[Problem]
+
+
+class Unavailable(BaseModel):
+    """What the service can't do now, and for which request."""
+
+    detail: str
+    request_id: Annotated[str, Field(description="Also in the header X-Request-ID and in the service's log.")]
+
+
 _EXAMPLES: Final = {
     "message": {"summary": "Anything", "value": {"message": "hello"}},
     "full": {
@@ -53,6 +74,71 @@ _EXAMPLES: Final = {
             "tokens_out": 7,
             "event_type": "model.answered",
             "payload": {"model": "small", "cached": False},
+        },
+    },
+}
+
+_REQUEST_ID: Final = {"schema": {"type": "string"}, "description": "The request's id, on every answer."}
+
+_ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "Both records are committed.",
+        "headers": {"X-Request-ID": _REQUEST_ID},
+        "content": {
+            "application/json": {
+                "example": {
+                    "request_id": "c96aaabf-7715-4ee4-a0bd-5993b3c3a494",
+                    "trace_id": "01a2032cffd1d6b4349ffee3228f896d",
+                    "prompt_trace_id": "01a2032c-ffd2-738c-b118-a0004aaacc28",
+                    "event_log_id": "01a2032c-ffda-7e9b-b3c1-2f6c9a51d8e0",
+                }
+            }
+        },
+    },
+    413: {
+        "description": "The body is larger than `CC_MAX_BODY_BYTES`; nothing was written. Plain text where "
+        "`Content-Length` says so beforehand, JSON where it turns out while the body arrives.",
+        "headers": {"X-Request-ID": _REQUEST_ID},
+        "content": {
+            "text/plain": {"schema": {"type": "string"}, "example": "Content Too Large"},
+            "application/json": {
+                "schema": {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]},
+                "example": {"detail": "Content Too Large"},
+            },
+        },
+    },
+    422: {
+        "description": "The body is not a JSON object, or a value in it is out of bounds; nothing was written.",
+        "headers": {"X-Request-ID": _REQUEST_ID},
+        "model": Invalid,
+        "content": {
+            "application/json": {
+                "example": {
+                    "detail": [
+                        {
+                            "type": "value_error",
+                            "loc": ["body", "tokens_in"],
+                            "msg": f"tokens_in must be an integer of 0 to {TOKENS_MAX}",
+                        }
+                    ]
+                }
+            }
+        },
+    },
+    503: {
+        "description": "The database can't be written to now. The prompt may have been written already.",
+        "headers": {
+            "X-Request-ID": _REQUEST_ID,
+            "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds after which to try again."},
+        },
+        "model": Unavailable,
+        "content": {
+            "application/json": {
+                "example": {
+                    "detail": "The database is unavailable.",
+                    "request_id": "c96aaabf-7715-4ee4-a0bd-5993b3c3a494",
+                }
+            }
         },
     },
 }
@@ -89,6 +175,7 @@ async def json_object(request: Request) -> dict[str, Any]:
     "/test-log",
     response_model=TestLogResponse,
     summary="Write one prompt and one event",
+    responses=_ANSWERS,
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import asyncpg
 from opentelemetry import trace
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic_core import to_jsonable_python
 from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -275,7 +276,8 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[A
     """
     retrying = False
     while True:
-        connection = await engine.raw_connection()
+        with suppress_instrumentation():  # what SQLAlchemy asks a new connection is not part of the trace
+            connection = await engine.raw_connection()
         driver: asyncpg.Connection = connection.driver_connection
         try:
             await driver.execute(statement, *values)

@@ -1,0 +1,15 @@
+-- The two roles of the service's database, to be run by its owner or a superuser, in that database, before the
+-- first `alembic upgrade head`. Give them passwords, or another way to log in, as you do for any role:
+--     ALTER ROLE cc_migrations PASSWORD '...'; ALTER ROLE cc_runtime PASSWORD '...';
+
+-- Runs the migrations: DATABASE_URL of `alembic upgrade head`. Owns the schema and all that is in it.
+CREATE ROLE cc_migrations LOGIN;
+CREATE SCHEMA mem0_cc AUTHORIZATION cc_migrations;
+-- Alembic's own table lives in `public`.
+GRANT USAGE, CREATE ON SCHEMA public TO cc_migrations;
+
+-- Runs the service: DATABASE_URL of uvicorn. It adds records and can neither read, change nor delete one. The retry
+-- after a broken connection needs no more: ON CONFLICT DO NOTHING without a target looks at no column.
+CREATE ROLE cc_runtime LOGIN;
+GRANT USAGE ON SCHEMA mem0_cc TO cc_runtime;
+ALTER DEFAULT PRIVILEGES FOR ROLE cc_migrations IN SCHEMA mem0_cc GRANT INSERT ON TABLES TO cc_runtime;
