@@ -21,8 +21,9 @@ SCHEMA = "mem0_cc"
 
 def upgrade() -> None:
     """Create the schema and its tables."""
-    # IF NOT EXISTS: where the migrating role may not create schemas, an administrator has made it.
-    op.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+    # Where the migrating role may not create schemas an administrator has made it, and IF NOT EXISTS would
+    # not do: PostgreSQL asks for the privilege first.
+    op.execute(f"DO $$ BEGIN IF to_regnamespace('{SCHEMA}') IS NULL THEN CREATE SCHEMA {SCHEMA}; END IF; END $$")
     op.create_table(
         "base_log",
         sa.Column("id", sa.Uuid(), nullable=False),

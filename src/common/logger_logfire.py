@@ -15,7 +15,7 @@ from opentelemetry.context import Context
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import Span as ApiSpan
-from opentelemetry.trace import Status
+from opentelemetry.trace import SpanKind, Status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.requests import Request
 from starlette.types import Scope
@@ -54,6 +54,8 @@ class RequestIDSpanProcessor(SpanProcessor):
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         if request_id := request_id_var.get():
             span.set_attribute("request_id", request_id)
+        if span.kind is SpanKind.SERVER:
+            _cut_query(span)  # now: Logfire also sends a span when it starts
 
 
 class RedactingSpanProcessor(SpanProcessor):
@@ -191,7 +193,14 @@ def _no_arguments(request: Request | WebSocket, attributes: dict[str, Any]) -> N
 
 def _describe_server_span(span: ApiSpan, scope: Scope) -> None:
     span.set_attribute("layer", "api")
-    if scope.get("query_string") and span.is_recording():
-        # Query strings are where callers leave tokens. The path stays.
-        url = getattr(span, "attributes", {}).get("http.url", "")
+    if scope.get("query_string"):
+        _cut_query(span)  # again: the instrumentation sets its attributes a second time
+
+
+def _cut_query(span: ApiSpan) -> None:
+    # Query strings are where callers leave tokens. The path stays.
+    attributes = getattr(span, "attributes", None) or {}
+    if "?" in (url := attributes.get("http.url", "")):
         span.set_attribute("http.url", url.partition("?")[0])
+    if "url.query" in attributes:  # the name in the new semantic conventions
+        span.set_attribute("url.query", "")

@@ -71,7 +71,7 @@ async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> 
 def test_the_sql_can_be_had_without_a_database() -> None:
     result = run_alembic("", "upgrade", "head", "--sql")
     assert_done(result)
-    assert "CREATE SCHEMA IF NOT EXISTS mem0_cc" in result.stdout
+    assert "CREATE SCHEMA mem0_cc" in result.stdout
     assert result.stdout.count("CREATE TABLE mem0_cc.") == 3
 
 

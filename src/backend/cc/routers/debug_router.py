@@ -212,8 +212,8 @@ def _records(body: dict[str, Any]) -> tuple[PromptRecord, EventRecord]:
         prompt = PromptRecord(
             role=extra.pop("role", "user"),
             content=extra.pop("content", ""),
-            tokens_in=extra.pop("tokens_in", 0),
-            tokens_out=extra.pop("tokens_out", 0),
+            tokens_in=_integer(extra.pop("tokens_in", 0)),
+            tokens_out=_integer(extra.pop("tokens_out", 0)),
         )
         event_type, payload = extra.pop("event_type", "test_log"), extra.pop("payload", {})
         event = EventRecord(event_type, payload)
@@ -222,6 +222,11 @@ def _records(body: dict[str, Any]) -> tuple[PromptRecord, EventRecord]:
     except InvalidRecord as error:
         raise _invalid(("body", error.field), str(error)) from None
     return prompt, EventRecord(event.event_type, {**payload, **extra}) if extra else event
+
+
+def _integer(value: Any) -> Any:
+    # JSON has one kind of number: to JSON Schema, and to callers whose language agrees, 12.0 is an integer.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _invalid(location: tuple[str, ...], message: str) -> RequestValidationError:

@@ -74,6 +74,24 @@ async def test_no_more_attributes_than_these_are_on_the_server_span(
     assert not [name for name in attributes(server) if name.startswith("fastapi.arguments.values")]
 
 
+@pytest.mark.parametrize("convention", ["http", "http/dup"])
+def test_a_query_string_is_on_no_span_in_the_new_conventions_either(
+    receiver: Receiver, database_url: str, tmp_path: Path, convention: str
+) -> None:
+    environment = {
+        "OTEL_SEMCONV_STABILITY_OPT_IN": convention,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+        "LOGFIRE_TOKEN": "pylf_v1_us_0123456789",
+        "LOGFIRE_BASE_URL": receiver.endpoint,
+    }
+    with running_service(database_url, tmp_path / "log", "--no-access-log", **environment) as service:
+        httpx.post(f"{service.url}/test-log?q=secret", json={})
+        service.stop()
+    servers = [span for span in receiver.spans if span.name == "POST /test-log"]
+    assert {span.attributes["logfire.span_type"] for span in servers} >= {"span"}
+    assert not [span for span in receiver.spans if "secret" in str(span.proto)]
+
+
 @pytest.fixture
 def failing(app: FastAPI) -> FastAPI:
     @app.get("/fails")
