@@ -13,13 +13,12 @@ from logfire.types import ExceptionCallbackHelper
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import Span as ApiSpan
 from opentelemetry.trace import SpanKind, Status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from starlette.requests import Request
 from starlette.types import Scope
-from starlette.websockets import WebSocket
 
 from common.request_id_middleware import request_id_var
 
@@ -143,7 +142,11 @@ def instrument_fastapi(app: FastAPI) -> None:
     Args:
         app: The application, before its middleware stack is built.
     """
-    logfire.instrument_fastapi(app, request_attributes_mapper=_no_arguments, server_request_hook=_describe_server_span)
+    # What `logfire.instrument_fastapi` is built on, without what that adds: the parsed arguments, prompts
+    # included, and when they were parsed, for a tenth of the request's CPU time.
+    FastAPIInstrumentor.instrument_app(
+        app, server_request_hook=_describe_server_span, exclude_spans=["receive", "send"]
+    )
 
 
 def flush_logfire(timeout: float) -> bool:
@@ -184,11 +187,6 @@ def _drop_exception_text(helper: ExceptionCallbackHelper) -> None:
     helper.event_attributes["exception.message"] = ""
     frames = traceback.format_tb(helper.exception.__traceback__)
     helper.event_attributes["exception.stacktrace"] = "".join(frames) + type(helper.exception).__qualname__
-
-
-def _no_arguments(request: Request | WebSocket, attributes: dict[str, Any]) -> None:
-    # By default every parsed argument and every invalid input becomes an attribute: prompts too.
-    return None
 
 
 def _describe_server_span(span: ApiSpan, scope: Scope) -> None:
