@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from typing import Annotated, Any, Protocol
 from uuid import UUID
 
@@ -81,9 +81,15 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
             # like any other. Its own text would name the address.
             raise asyncpg.ClientCannotConnectError(type(error).__name__) from None
 
+    class Connecting:
+        """Connects when it is awaited, and unlike a coroutine may also not be: see `log_l1`'s checkout."""
+
+        def __await__(self) -> Generator[Any, None, asyncpg.Connection]:
+            return connect().__await__()
+
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connect,
+        async_creator=Connecting,
         hide_parameters=True,
         pool_size=settings.cc_db_pool_size,
         # No overflow: the size is the number of connections that an operator has to reckon with.
@@ -106,7 +112,8 @@ def create_sessions(settings: Settings) -> async_sessionmaker[AsyncSession]:
     timeout = settings.cc_db_timeout_seconds
     # The bound of an endpoint's own queries, and of the rollback after them: a server that hangs hangs there too.
     engine = create_engine(settings, command_timeout=timeout)
-    return async_sessionmaker(engine, expire_on_commit=False, info={"timeout": timeout})
+    turns = asyncio.Semaphore(settings.cc_db_pool_size)
+    return async_sessionmaker(engine, expire_on_commit=False, info={"timeout": timeout, "turns": turns})
 
 
 async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:

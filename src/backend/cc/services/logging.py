@@ -15,7 +15,8 @@ import asyncpg
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic_core import to_jsonable_python
-from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, SQLAlchemyError
+from sqlalchemy import PoolProxiedConnection
+from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from uuid_utils.compat import uuid7
 
@@ -74,6 +75,8 @@ DATABASE_ERRORS: Final = (
     OSError,
 )
 """What a database call raises, by way of SQLAlchemy or from asyncpg and the network directly."""
+
+_NO_TURNS: Final = contextlib.nullcontext()
 
 tracer = trace.get_tracer("cos-cc")
 
@@ -165,8 +168,9 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
     the span: sampled out or not exported, it is written all the same.
 
     Args:
-        session: A session bound to an `AsyncEngine` on asyncpg. `session.info["timeout"]` is the
-            longest that a call takes, in seconds, waiting for a connection included; 5 by default.
+        session: A session bound to an `AsyncEngine` on asyncpg, as `create_sessions` makes them. Its
+            `info["timeout"]` is the longest that a call takes, in seconds, waiting for a connection
+            included; 5 by default.
         record: What happened.
         request_id: The request it belongs to, 1 to 255 characters. By default the current request's,
             outside any request a fresh one.
@@ -191,15 +195,13 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
     # For the duration of the call, so that the SQL span inside carries the same id.
     id_token = request_id_var.set(request_id)
     try:
-        with tracer.start_as_current_span(
-            "log_l1",
-            attributes={
-                "layer": "service",
-                "request_id": request_id,
-                "mem0.event_type": event_type,
-                "mem0.record_id": str(record_id),
-            },
-        ) as span:
+        attributes = {
+            "layer": "service",
+            "request_id": request_id,
+            "mem0.event_type": event_type,
+            "mem0.record_id": str(record_id),
+        }
+        with trace.use_span(tracer.start_span("log_l1", attributes=attributes), end_on_exit=True) as span:
             trace_id = trace.format_trace_id(span.get_span_context().trace_id)
             base = (record_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id)
             if isinstance(record, PromptRecord):
@@ -262,7 +264,10 @@ async def _store(session: AsyncSession, statement: str, values: tuple[Any, ...])
         if session.in_transaction():
             await (await session.connection()).exec_driver_sql(statement, values)
         elif isinstance(session.bind, AsyncEngine):
-            await _store_autocommit(session.bind, statement, values)
+            # In turn: of SQLAlchemy's queue whoever comes just then takes the connection, and who waited for it
+            # waits again, behind everybody else.
+            async with session.info.get("turns", _NO_TURNS):
+                await _store_autocommit(session.bind, statement, values)
         else:  # bound to one connection, as tests do that roll everything back
             async with session.begin():
                 await (await session.connection()).exec_driver_sql(statement, values)
@@ -276,8 +281,7 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[A
     """
     retrying = False
     while True:
-        with suppress_instrumentation():  # what SQLAlchemy asks a new connection is not part of the trace
-            connection = await engine.raw_connection()
+        connection = await _checkout(engine)
         driver: asyncpg.Connection = connection.driver_connection
         try:
             await driver.execute(statement, *values)
@@ -298,6 +302,16 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[A
             return
         finally:
             connection.close()
+
+
+async def _checkout(engine: AsyncEngine) -> PoolProxiedConnection:
+    try:
+        # One that idles is had without a switch to a greenlet, which is most of what a checkout costs.
+        return engine.sync_engine.raw_connection()
+    except MissingGreenlet:
+        # None idles. What SQLAlchemy asks a new connection is no part of the trace.
+        with suppress_instrumentation():
+            return await engine.raw_connection()
 
 
 def _check_name(field: str, value: str) -> None:

@@ -1,0 +1,84 @@
+"""The load generator: POST the same request over and over on N connections. A process of its own.
+
+`python benchmarks/load.py PORT CONNECTIONS SECONDS` prints one line of JSON. It ends after `SECONDS`, or as soon as
+the service has closed every connection.
+"""
+
+import asyncio
+import json
+import re
+import sys
+import time
+from typing import cast
+
+import uvloop
+
+BODY = json.dumps({"role": "user", "content": "What is the capital of France?", "tokens_in": 12, "message": "hello"})
+REQUEST = (
+    "POST /test-log HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BODY)}\r\n\r\n{BODY}"
+).encode()
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+_TRACE = re.compile(rb'"trace_id":"([0-9a-f]{32})"')
+
+
+class Connection(asyncio.Protocol):
+    """One connection that is kept: the next request goes out when the answer is there."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.milliseconds: list[float] = []
+        self.traces: list[str] = []
+        self.failures = 0
+        self.closed = asyncio.get_running_loop().create_future()
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._end = time.perf_counter() + self.seconds
+        self._send()
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        head, _, body = self._answer.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if not length or len(body) < int(length[1]):
+            return
+        now = time.perf_counter()
+        self.milliseconds.append((now - self._sent) * 1e3)
+        if head.startswith(b"HTTP/1.1 200"):
+            self.traces += [trace.decode() for trace in _TRACE.findall(body)]
+        else:
+            self.failures += 1
+        if now < self._end:
+            self._send()
+        else:
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set_result(None)
+
+    def _send(self) -> None:
+        self._answer = b""
+        self._sent = time.perf_counter()
+        self._transport.write(REQUEST)
+
+
+async def load(port: int, connections: int, seconds: float) -> dict[str, object]:
+    """Keep the service busy, and say what it answered, how fast, how often not 200, and in which traces."""
+    loop = asyncio.get_running_loop()
+    start = time.perf_counter()
+    opened = [
+        (await loop.create_connection(lambda: Connection(seconds), "127.0.0.1", port))[1] for _ in range(connections)
+    ]
+    await asyncio.gather(*(connection.closed for connection in opened))
+    return {
+        "seconds": time.perf_counter() - start,
+        "milliseconds": [value for connection in opened for value in connection.milliseconds],
+        "failures": sum(connection.failures for connection in opened),
+        "traces": [trace for connection in opened for trace in connection.traces],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(uvloop.run(load(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))))

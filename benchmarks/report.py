@@ -1,0 +1,293 @@
+"""What the benchmark found: a table to print, docs/performance.md, its plots and the figures as JSON.
+
+`python benchmarks/report.py` draws them anew from docs/performance.json, and measures nothing.
+"""
+
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+Rounds = list[dict[str, float]]
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+
+NAMES: Final = {
+    "raw": "asyncpg, same SQL (floor)",
+    "log_l1": "`log_l1`",
+    "exporting": "`log_l1`, exporting",
+    "orm": "ORM unit of work",
+}
+SERVICES: Final = {"floor": "bare FastAPI (floor)", "ours": "cos-cc, no token", "exporting": "cos-cc, exporting"}
+
+Row = Sequence[str]
+
+
+def mid(rounds: Rounds, key: str) -> float:
+    """Return the median over the rounds."""
+    return median(each[key] for each in rounds)
+
+
+def ratio(rounds: Rounds, floor: Rounds, key: str) -> float:
+    """Return the median of the ratios within a round, where both met the same machine."""
+    return median(each[key] / base[key] for each, base in zip(rounds, floor, strict=True))
+
+
+def times(value: float) -> str:
+    """Write a ratio."""
+    return f"{value:.2f} x"
+
+
+def log_l1_rows(results: dict[str, Any]) -> list[Row]:
+    """Tabulate measurement 1."""
+    rows: list[Row] = [("", "wall", "CPU", "p50 ms", "p95 ms", "CPU ms")]
+    measured = results["log_l1"]
+    for variant, rounds in measured.items():
+        ratios = [times(ratio(rounds, measured["raw"], key)) for key in ("p50", "cpu")]
+        rows.append((NAMES[variant], *ratios, *(f"{mid(rounds, key):.3f}" for key in ("p50", "p95", "cpu"))))
+    return rows
+
+
+def load_rows(results: dict[str, Any]) -> list[Row]:
+    """Tabulate measurement 2."""
+    rows: list[Row] = [
+        ("", "connections", "CPU", "CPU ms", "requests/s", "per core", "p50 ms", "p95 ms", "p99 ms", "p99/p50")
+    ]
+    for connections, measured in results["load"].items():
+        for variant, rounds in measured.items():
+            cpu = mid(rounds, "cpu")
+            walls = [f"{mid(rounds, key):.2f}" for key in ("p50", "p95", "p99")]
+            tail = median(each["p99"] / each["p50"] for each in rounds)
+            rows.append(
+                (
+                    SERVICES[variant],
+                    connections,
+                    times(ratio(rounds, measured["floor"], "cpu")),
+                    f"{cpu:.3f}",
+                    f"{mid(rounds, 'rps'):.0f}",
+                    f"{1e3 / cpu:.0f}",
+                    *walls,
+                    f"{tail:.1f}",
+                )
+            )
+    return rows
+
+
+def growth_rows(results: dict[str, Any]) -> list[Row]:
+    """Tabulate measurement 3."""
+    rows: list[Row] = [
+        (
+            "records stored",
+            "`log_l1` p50",
+            "p50 ms",
+            "p95 ms",
+            "floor p50 ms",
+            "by request_id ms",
+            "by trace_id ms",
+            "bytes/record",
+        )
+    ]
+    empty = results["growth"]["0"]["rounds"]["log_l1"]
+    for size, measured in results["growth"].items():
+        rounds = measured["rounds"]
+        rows.append(
+            (
+                f"{int(size):,}",
+                times(ratio(rounds["log_l1"], empty, "p50")),
+                f"{mid(rounds['log_l1'], 'p50'):.3f}",
+                f"{mid(rounds['log_l1'], 'p95'):.3f}",
+                *(f"{mid(rounds[variant], 'p50'):.3f}" for variant in ("raw", "request_id", "trace_id")),
+                f"{measured['bytes'] / int(size):.0f}" if int(size) else "",
+            )
+        )
+    return rows
+
+
+def round_trip_rows(results: dict[str, Any]) -> list[Row]:
+    """Tabulate measurement 4."""
+    rows: list[Row] = [("1 ms away", "round trips", "wall", "p50 ms", "p95 ms")]
+    measured = results["round_trips"]
+    for variant, found in measured.items():
+        rounds = found["rounds"]
+        rows.append(
+            (
+                NAMES[variant],
+                f"{found['round_trips']:g}",
+                times(ratio(rounds, measured["raw"]["rounds"], "p50")),
+                *(f"{mid(rounds, key):.3f}" for key in ("p50", "p95")),
+            )
+        )
+    return rows
+
+
+def target_rows(results: dict[str, Any]) -> list[Row]:
+    """Compare with what was to be reached."""
+    calls, load, growth = results["log_l1"], results["load"]["8"], results["growth"]
+    raw = calls["raw"]
+    largest = max(growth, key=int)
+    spans = results["spans"]
+    tails = {variant: median(each["p99"] / each["p50"] for each in rounds) for variant, rounds in load.items()}
+    targets = (
+        ("`log_l1` p95, ms", mid(calls["log_l1"], "p95"), "<", 2, f"floor {mid(raw, 'p95'):.2f}"),
+        ("`log_l1` median / floor", ratio(calls["log_l1"], raw, "p50"), "<=", 1.3, ""),
+        ("`log_l1` CPU / floor", ratio(calls["log_l1"], raw, "cpu"), "<=", 2, ""),
+        ("ORM unit of work / `log_l1`, median", ratio(calls["orm"], calls["log_l1"], "p50"), ">=", 2, ""),
+        ("`log_l1` exporting, median / floor", ratio(calls["exporting"], raw, "p50"), "<=", 1.6, ""),
+        ("request exporting, CPU / floor", ratio(load["exporting"], load["floor"], "cpu"), "<=", 5, "8 connections"),
+        ("request without a token, CPU / floor", ratio(load["ours"], load["floor"], "cpu"), "<=", 3.5, "8 connections"),
+        ("request exporting, p99 / p50", tails["exporting"], "<=", 2.5, f"8 connections; floor {tails['floor']:.1f}"),
+        ("request without a token, p99 / p50", tails["ours"], "<=", 2.5, f"8 connections; floor {tails['floor']:.1f}"),
+        ("round trips of a `log_l1`", results["round_trips"]["log_l1"]["round_trips"], "<=", 1, ""),
+        (
+            f"`log_l1` beside {int(largest):,} records / beside none",
+            ratio(growth[largest]["rounds"]["log_l1"], growth["0"]["rounds"]["log_l1"], "p50"),
+            "<=",
+            1.15,
+            "",
+        ),
+        (
+            "traces that arrived whole, %",
+            100 * spans["whole"] / spans["answered"],
+            ">=",
+            100,
+            f"{spans['whole']:,} of {spans['answered']:,} requests, {spans['stops']} stops",
+        ),
+    )
+    rows: list[Row] = [("", "measured", "target", "", "")]
+    for name, value, sign, limit, note in targets:
+        reached = {"<": value < limit, "<=": value <= limit, ">=": value >= limit}[sign]
+        rows.append((name, f"{value:.4g}", f"{sign} {limit}", "reached" if reached else "**missed**", note))
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """Write a table in Markdown."""
+    head, *body = rows
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(rows: list[Row]) -> str:
+    """Write a table for a terminal."""
+    columns = [[cell.translate(str.maketrans("", "", "`*")) for cell in column] for column in zip(*rows, strict=True)]
+    padded = [
+        [(cell.rjust if place else cell.ljust)(max(map(len, column))) for cell in column]
+        for place, column in enumerate(columns)
+    ]
+    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+COLOURS: Final = ("#8a94a6", "#2b6cb0", "#dd6b20", "#b83280")
+
+
+def plot_log_l1(results: dict[str, Any]) -> Figure:
+    """Draw measurement 1: wall time and CPU of a call."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    wall, cpu = figure.subplots(1, 2, sharey=True)
+    measured = results["log_l1"]
+    names = [NAMES[variant].replace("`", "") for variant in measured]
+    p50, p95, used = ([mid(rounds, key) for rounds in measured.values()] for key in ("p50", "p95", "cpu"))
+    wall.barh(names, p50, color=COLOURS)
+    wall.plot(p95, names, "|", color="black", markersize=14, label="p95")
+    wall.axvline(2, color="#c53030", linestyle=":", label="target for p95")
+    wall.set(title="wall time of a call, median, ms")
+    wall.legend(frameon=False)
+    wall.invert_yaxis()
+    cpu.bar_label(cpu.barh(names, used, color=COLOURS), fmt="%.2f", padding=3)
+    cpu.set(title="CPU time of a call, ms")
+    return figure
+
+
+def plot_load(results: dict[str, Any]) -> Figure:
+    """Draw measurement 2: CPU of a request, and how long requests take."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    cpu, wall = figure.subplots(1, 2)
+    for number, (variant, name) in enumerate(SERVICES.items()):
+        rounds = {connections: measured[variant] for connections, measured in results["load"].items()}
+        places = [place + (number - 1) * 0.27 for place in range(len(rounds))]
+        bars = cpu.bar(places, [mid(each, "cpu") for each in rounds.values()], 0.25, color=COLOURS[number], label=name)
+        cpu.bar_label(bars, fmt="%.2f", fontsize=7)
+        p50, p99 = ([mid(each, key) for each in rounds.values()] for key in ("p50", "p99"))
+        wall.vlines(places, p50, p99, color=COLOURS[number], linewidth=4, alpha=0.5)
+        wall.plot(places, p50, "o", color=COLOURS[number], label=name)
+    for axes in (cpu, wall):
+        axes.set_xticks(range(len(results["load"])), [f"{connections} conn." for connections in results["load"]])
+    cpu.set(title="CPU time of a request, ms")
+    wall.set(title="a request takes p50 (dot) to p99, ms", yscale="log")
+    wall.legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
+def plot_growth(results: dict[str, Any]) -> Figure:
+    """Draw measurements 3 and 4: what does not grow, and what distance costs."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    size, distance = figure.subplots(1, 2)
+    growth = results["growth"]
+    labels = [f"{int(records) / 1e6:g} M" for records in growth]
+    for number, (variant, name) in enumerate(
+        (
+            ("raw", NAMES["raw"]),
+            ("log_l1", "log_l1"),
+            ("request_id", "look-up by request_id"),
+            ("trace_id", "look-up by trace_id"),
+        )
+    ):
+        p50 = [mid(measured["rounds"][variant], "p50") for measured in growth.values()]
+        size.plot(labels, p50, "o-", color=COLOURS[number], label=name)
+    size.set(title="beside so many records, median, ms")
+    size.set_ylim(0, 1.7 * size.get_ylim()[1])
+    size.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    trips = results["round_trips"]
+    names = [
+        f"{NAMES[variant].replace('`', '')}\n{found['round_trips']:g} round trip(s)" for variant, found in trips.items()
+    ]
+    near = [mid(results["log_l1"][variant], "p50") for variant in trips]
+    far = [mid(found["rounds"], "p50") for found in trips.values()]
+    distance.barh(names, far, color=COLOURS[1], label="1 ms away")
+    distance.barh(names, near, color=COLOURS[0], label="on the same machine")
+    distance.invert_yaxis()
+    distance.set(title="wall time of a call, median, ms")
+    distance.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def write(results: dict[str, Any], docs: Path | None) -> None:
+    """Print the tables and the figures; write them to `docs` too, if given."""
+    tables = {
+        "targets": target_rows(results),
+        "log_l1": log_l1_rows(results),
+        "load": load_rows(results),
+        "growth": growth_rows(results),
+        "round_trips": round_trip_rows(results),
+    }
+    for rows in (*list(tables.values())[1:], tables["targets"]):
+        print(plain(rows), end="\n\n")
+    if docs is None:
+        return
+    (docs / "performance.json").write_text(json.dumps(results, indent=1) + "\n")
+    # The same figures give the same files: text stays text, and ids are not random.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style):
+        for name, draw in {"log_l1": plot_log_l1, "load": plot_load, "growth": plot_growth}.items():
+            draw(results).savefig(docs / f"performance-{name}.svg", metadata={"Date": None})
+    machine = results["machine"] | results["spans"]
+    machine |= {
+        "packages": ", ".join(f"{name} {version}" for name, version in machine["packages"].items()),
+        "memory": f"{machine['memory'] / 2**30:.0f}",
+        "minutes": f"{machine['minutes']:.0f}",
+        "load_before": f"{machine['load_before']:.1f}",
+    }
+    template = string.Template((ROOT / "benchmarks/performance.md").read_text())
+    text = template.substitute(machine, **{name: markdown(rows) for name, rows in tables.items()})
+    (docs / "performance.md").write_text(text)
+
+
+if __name__ == "__main__":
+    write(json.loads((ROOT / "docs/performance.json").read_text()), ROOT / "docs")
