@@ -12,4 +12,5 @@ GRANT USAGE, CREATE ON SCHEMA public TO cc_migrations;
 -- after a broken connection needs no more: ON CONFLICT DO NOTHING without a target looks at no column.
 CREATE ROLE cc_runtime LOGIN;
 GRANT USAGE ON SCHEMA mem0_cc TO cc_runtime;
+-- To be granted again after a `downgrade base`, which drops the schema.
 ALTER DEFAULT PRIVILEGES FOR ROLE cc_migrations IN SCHEMA mem0_cc GRANT INSERT ON TABLES TO cc_runtime;

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import re
 import threading
 import traceback
 from collections.abc import Sequence
@@ -127,8 +128,9 @@ def configure_logfire(
         distributed_tracing=distributed_tracing,
         scrubbing=logfire.ScrubbingOptions(
             callback=_keep_own_attributes,
-            # The input that failed pydantic's validation, as JSON.
-            extra_patterns=[r"exception\.logfire\.data"],
+            # The input that failed pydantic's validation, as JSON. And where the database is: a span that is sent
+            # when it starts has never been to `on_end`.
+            extra_patterns=[r"exception\.logfire\.data", *(f"^{re.escape(name)}$" for name in _DATABASE_ADDRESS)],
         ),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
         additional_span_processors=[RequestIDSpanProcessor(), RedactingSpanProcessor(), *span_processors],

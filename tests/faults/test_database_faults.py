@@ -1,0 +1,352 @@
+"""What becomes of requests and records when PostgreSQL fails. Real processes, real signals."""
+
+import asyncio
+import signal
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from http import HTTPStatus
+from itertools import product
+
+import httpx
+import pytest
+from faults.cluster import (
+    SLACK,
+    TIMEOUT,
+    Postgres,
+    Run,
+    disconnect_all,
+    fetch,
+    http,
+    ids,
+    locked,
+    log,
+    logged_ids,
+    processes,
+    stored,
+    until,
+)
+from pydantic import SecretStr
+from service import Service
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from backend.cc.deps import Settings, create_sessions
+from backend.cc.services.logging import EventRecord, log_l1
+
+
+def assert_unavailable(answer: httpx.Response) -> None:
+    assert answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.json() == {"detail": "The database is unavailable.", "request_id": answer.headers["x-request-id"]}
+
+
+def test_starts_without_its_database_and_recovers_when_it_comes(postgres: Postgres, run: Run) -> None:
+    """Break: connect to the database in `lifespan` (cc_main.py)."""
+    postgres.stop()
+    with run() as service:
+        started = time.monotonic()
+        assert_unavailable(log(service))
+        assert time.monotonic() - started < TIMEOUT + SLACK
+        postgres.start()
+        until(lambda: log(service).status_code == HTTPStatus.OK)
+        assert service.process.poll() is None
+
+
+def test_starts_before_its_first_connection_can_be_made_and_recovers(postgres: Postgres, run: Run) -> None:
+    """Break: `timeout=` of `asyncpg.connect` and `asyncio.timeout` in `_store`."""
+    postgres.freeze()
+    with run() as service:
+        started = time.monotonic()
+        assert_unavailable(log(service))
+        assert time.monotonic() - started < TIMEOUT + SLACK
+        postgres.thaw()
+        until(lambda: log(service).status_code == HTTPStatus.OK)
+
+
+def test_no_request_fails_after_a_restart_that_closed_every_connection(
+    postgres: Postgres, service: Service, database_url: str
+) -> None:
+    """Break: `_refuse_closed` (deps.py) together with the second try in `_store_autocommit`."""
+    before = stored(database_url)["base"]
+    with ThreadPoolExecutor(10) as pool:
+        for _ in range(3):
+            assert {answer.status_code for answer in pool.map(lambda _: log(service), range(30))} == {HTTPStatus.OK}
+            postgres.restart()
+        assert {answer.status_code for answer in pool.map(lambda _: log(service), range(30))} == {HTTPStatus.OK}
+    assert stored(database_url)["base"] == before + 240
+
+
+def test_no_request_fails_that_arrives_with_the_news_of_a_restart(postgres: Postgres, service: Service) -> None:
+    """The service is asleep while PostgreSQL restarts, and wakes up to closed connections and new requests at once.
+
+    Break: the second try in `_store_autocommit` (services/logging.py).
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(10) as pool:
+        clients = [stack.enter_context(httpx.Client(base_url=service.url, timeout=30)) for _ in range(10)]
+
+        def send(client: httpx.Client) -> int:
+            return client.post("/test-log", json={}).status_code
+
+        for _ in range(3):
+            assert set(pool.map(send, clients)) == {HTTPStatus.OK}
+            service.process.send_signal(signal.SIGSTOP)
+            postgres.restart()
+            answers = [pool.submit(send, client) for client in clients]
+            time.sleep(0.2)  # for the requests to be in the sockets; were it too short, it would prove less
+            service.process.send_signal(signal.SIGCONT)
+            assert {answer.result() for answer in answers} == {HTTPStatus.OK}
+
+
+def test_every_acknowledged_record_survives_sigkill_under_load(
+    postgres: Postgres, service: Service, database_url: str
+) -> None:
+    """Break: `raise database_error` in `database_call` (swallow it), or write base row and child in two statements."""
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+    printed = len(service.log)
+
+    def load() -> None:
+        with httpx.Client(base_url=service.url, timeout=30) as client:
+            while not stop.is_set():
+                answers.append(client.post("/test-log", json={"message": "hello"}))
+
+    def acknowledged_since(seen: int) -> int:
+        return sum(answer.status_code == HTTPStatus.OK for answer in answers[seen:])
+
+    with ThreadPoolExecutor(8) as pool:
+        loads = [pool.submit(load) for _ in range(8)]
+        try:
+            for _ in range(3):
+                seen = len(answers)
+                until(lambda seen=seen: acknowledged_since(seen) > 50)  # type: ignore[misc]
+                postgres.kill()
+                postgres.start()
+            seen = len(answers)
+            until(lambda: acknowledged_since(seen) > 50)
+        finally:
+            stop.set()
+        for each in loads:
+            each.result()
+
+    acknowledged: set[str] = set()
+    for answer in answers:
+        if answer.status_code == HTTPStatus.OK:
+            acknowledged |= logged_ids(answer)
+        else:
+            assert_unavailable(answer)
+    assert acknowledged <= ids(database_url)
+    assert stored(database_url)["half"] == 0
+    assert "Traceback" not in service.log[printed:]
+
+
+def test_a_frozen_database_is_a_503_within_the_bound_for_30_callers_at_once(postgres: Postgres, run: Run) -> None:
+    """With a bound long enough to tell it from twice as long, which is what asyncpg's own makes of it.
+
+    Break: `asyncio.timeout` in `database_call` (services/logging.py).
+    """
+    seconds = 3.0
+    with run(CC_DB_TIMEOUT_SECONDS=str(seconds)) as service, ThreadPoolExecutor(30) as pool:
+        assert {answer.status_code for answer in pool.map(lambda _: log(service), range(30))} == {HTTPStatus.OK}
+        postgres.freeze()
+        started = time.monotonic()
+        for answer in pool.map(lambda _: log(service), range(30)):
+            assert_unavailable(answer)
+        assert time.monotonic() - started < seconds + SLACK
+        postgres.thaw()
+        until(lambda: log(service).status_code == HTTPStatus.OK)
+        assert {answer.status_code for answer in pool.map(lambda _: log(service), range(30))} == {HTTPStatus.OK}
+        assert "Traceback" not in service.log
+
+
+def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run) -> None:
+    """Break: `command_timeout=` of `asyncpg.connect` (deps.py): asyncpg's cancel requests wait for ever."""
+    with run(CC_DB_TIMEOUT_SECONDS="0.2") as service, ThreadPoolExecutor(10) as pool:
+        until(lambda: log(service).status_code == HTTPStatus.OK)
+        list(pool.map(lambda _: log(service), range(20)))
+        [process] = processes(service)
+        before = process.num_fds()
+        postgres.freeze()
+        for _ in range(5):
+            list(pool.map(lambda _: log(service), range(20)))
+        until(lambda: process.num_fds() <= before + 3, seconds=5)
+
+
+def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
+    """Break: `pool_timeout=` in `create_engine` (deps.py): 0.01, and not everyone's turn comes."""
+    # A bound that no slow machine reaches: nobody is to be turned away.
+    with run(CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service, ThreadPoolExecutor(200) as pool:
+        before = stored(database_url)["base"]
+        assert {answer.status_code for answer in pool.map(lambda _: log(service), range(400))} == {HTTPStatus.OK}
+        assert stored(database_url)["base"] == before + 800
+
+
+def test_200_clients_of_an_exhausted_pool_wait_no_longer_than_the_bound(service: Service, database_url: str) -> None:
+    """Break: `asyncio.timeout` in `database_call` and `command_timeout=` (each is enough for the other)."""
+    until(lambda: log(service).status_code == HTTPStatus.OK)
+    with ThreadPoolExecutor(200) as pool:
+        with locked(database_url):
+            started = time.monotonic()
+            answers = list(pool.map(lambda _: log(service), range(200)))
+            assert time.monotonic() - started < TIMEOUT + SLACK
+        for answer in answers:
+            assert_unavailable(answer)
+    until(lambda: log(service).status_code == HTTPStatus.OK)
+
+
+READ_ONLY = "ALTER DATABASE {name} SET default_transaction_read_only = on"
+LOCK_TIMEOUT = "ALTER DATABASE {name} SET lock_timeout = '100ms'"
+RAISES = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = '{sqlstate}'; END $$;
+CREATE {kind} TRIGGER refuse AFTER INSERT ON mem0_cc.base_log {deferred} FOR EACH ROW EXECUTE FUNCTION refuse()"""
+AT_ONCE = RAISES.replace("{kind}", "").replace("{deferred}", "")
+AT_COMMIT = RAISES.replace("{kind}", "CONSTRAINT").replace("{deferred}", "DEFERRABLE INITIALLY DEFERRED")
+
+
+@pytest.mark.parametrize("path", ["/test-log", "/joined"])
+@pytest.mark.parametrize(
+    ("statement", "status"),
+    [
+        pytest.param(READ_ONLY, 503, id="read-only"),
+        pytest.param(LOCK_TIMEOUT, 503, id="locked"),
+        pytest.param(AT_ONCE.replace("{sqlstate}", "53100"), 503, id="disk full"),
+        pytest.param(AT_COMMIT.replace("{sqlstate}", "53100"), 503, id="disk full at commit"),
+        pytest.param(AT_COMMIT.replace("{sqlstate}", "40001"), 503, id="serialization failure at commit"),
+        pytest.param(AT_ONCE.replace("{sqlstate}", "23514"), 500, id="refused"),
+        pytest.param(AT_COMMIT.replace("{sqlstate}", "23514"), 500, id="refused at commit"),
+        pytest.param("ALTER TABLE mem0_cc.base_log RENAME TO elsewhere", 500, id="table missing"),
+    ],
+)
+def test_what_is_not_committed_is_never_acknowledged(
+    service: Service, database_url: str, path: str, statement: str, status: int
+) -> None:
+    """Break: `await session.commit()` in `get_db_session` (leave it out: 200), or `scope="function"` of `DBSession`."""
+    name = make_url(database_url).database
+    fetch(database_url, statement.replace("{name}", str(name)))
+    disconnect_all(database_url)
+    try:
+        with locked(database_url) if statement == LOCK_TIMEOUT else nullcontext():
+            answer = http.post(f"{service.url}{path}", json={"content": "hello"})
+    finally:
+        fetch(
+            database_url,
+            f"""ALTER DATABASE {name} RESET ALL;
+            DROP FUNCTION IF EXISTS refuse CASCADE; ALTER TABLE IF EXISTS mem0_cc.elsewhere RENAME TO base_log;""",
+        )
+        disconnect_all(database_url)
+    assert answer.status_code == status
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        assert_unavailable(answer)
+    assert log(service).status_code == HTTPStatus.OK
+
+
+@pytest.mark.parametrize("path", ["/query", "/joined"])
+@pytest.mark.parametrize("fault", ["stop", "freeze"])
+def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
+    postgres: Postgres, service: Service, path: str, fault: str
+) -> None:
+    """Twice, because asyncpg gives the server as long again to confirm that it has given the query up.
+
+    Break: `_cut_off`, `except OSError` in `connect` (deps.py).
+    """
+
+    def send() -> httpx.Response:
+        return http.post(f"{service.url}{path}", json={"content": "hello"})
+
+    until(lambda: send().status_code == HTTPStatus.OK)
+    getattr(postgres, fault)()
+    started = time.monotonic()
+    assert_unavailable(send())
+    assert time.monotonic() - started < 2 * TIMEOUT + SLACK
+    postgres.heal()
+    until(lambda: send().status_code == HTTPStatus.OK)
+
+
+def test_an_endpoint_that_refuses_while_the_database_is_frozen_is_answered_within_twice_the_bound(
+    postgres: Postgres, service: Service
+) -> None:
+    """The rollback is what waits. Break: `contextlib.suppress` in `get_db_session`, or `command_timeout=` (deps.py)."""
+    until(lambda: log(service).status_code == HTTPStatus.OK)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(http.post, f"{service.url}/refuse", json={"seconds": 1})
+        time.sleep(0.5)  # the endpoint's query is done, and it has not answered
+        postgres.freeze()
+        started = time.monotonic()
+        assert sent.result().status_code == HTTPStatus.CONFLICT
+        assert time.monotonic() - started < 1 + 2 * TIMEOUT + SLACK
+    postgres.thaw()
+    until(lambda: log(service).status_code == HTTPStatus.OK)
+
+
+def test_an_endpoints_own_time_out_is_not_the_databases_fault(service: Service) -> None:
+    """Break: catch `TimeoutError` around `yield session` in `get_db_session` (deps.py)."""
+    assert http.post(f"{service.url}/time-out").status_code == HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+HEAD = b"POST /test-log HTTP/1.1\r\nHost: cc\r\nContent-Type: application/json\r\n"
+
+
+LEFT = {
+    "in the headers": HEAD,
+    "before the body": HEAD + b"Content-Length: 1000\r\n\r\n",
+    "in the body": HEAD + b'Content-Length: 1000\r\n\r\n{"content": "',
+    "in a chunk": HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"con',
+    "before the answer": HEAD + b"Content-Length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_a_client_that_leaves_harms_nothing(run: Run, database_url: str, parser: str) -> None:
+    """Break: `except ClientDisconnect` in `json_object` (debug_router.py): a traceback for each of them."""
+    with run(f"--http={parser}", CC_DB_POOL_SIZE="2") as service:
+        for request, _ in product(LEFT.values(), range(10)):
+            with socket.create_connection(("127.0.0.1", service.port)) as client:
+                client.sendall(request)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave with a reset
+        assert log(service).status_code == HTTPStatus.OK
+        service.stop()
+        assert "Traceback" not in service.log
+        assert "ERROR" not in service.log
+    assert stored(database_url)["half"] == 0
+
+
+@pytest.mark.parametrize("transaction", [False, True], ids=["alone", "joined"])
+async def test_a_record_whose_caller_is_cancelled_is_whole_or_not_there_and_the_pool_recovers(
+    database_url: str, *, transaction: bool
+) -> None:
+    """Cancelled at sixty moments, from before it begins to after it has ended.
+
+    Break: write base row and child in two statements (`_store_autocommit`).
+    """
+    sessions = create_sessions(Settings(database_url=SecretStr(database_url), cc_db_pool_size=1))
+    engine: AsyncEngine = sessions.kw["bind"]
+
+    async def write() -> None:
+        async with sessions() as session:
+            if transaction:
+                await session.begin()
+            await log_l1(session, EventRecord("cancelled", {}))
+            await session.commit()
+
+    async with asyncio.timeout(60):
+        await write()
+        started = time.monotonic()
+        for _ in range(10):
+            await write()
+        usual = (time.monotonic() - started) / 10
+        for moment in range(60):
+            task = asyncio.create_task(write())
+            await asyncio.sleep(1.5 * usual * moment / 60)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() or task.exception() is None
+            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        await write()
+    await engine.dispose()
+    counted = await asyncio.to_thread(stored, database_url)
+    assert counted["event"] >= 1
+    assert counted["half"] == 0

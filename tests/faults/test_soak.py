@@ -1,0 +1,110 @@
+"""Load for a long time: nothing grows. `scripts/soak` runs it and prints how it goes."""
+
+import os
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from faults.cluster import fetch, processes, progress, stored
+from faults.test_telemetry_faults import FAULTS, Client, faulty_receiver
+from otlp_receiver import otlp_receiver
+from service import Service, running_service
+
+SECONDS = float(os.environ.get("CC_SOAK_SECONDS", "600"))
+"""How long the steady load lasts."""
+
+REQUESTS = int(os.environ.get("CC_SOAK_REQUESTS", "100000"))
+"""How many requests a receiver that fails has to bear."""
+
+CLIENTS = 4
+
+GROWTH = 30 * 2**20
+"""Bytes that a process may grow after its first tenth: fragmentation, a queue that is full, caches."""
+
+
+def memory(service: Service) -> int:
+    return sum(process.memory_info().rss for process in processes(service))
+
+
+def connections(url: str) -> int:
+    [row] = fetch(
+        url, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return int(row["count"])
+
+
+@pytest.mark.soak
+def test_nothing_grows_under_a_steady_load(database_url: str, tmp_path: Path) -> None:
+    """Break: keep every request somewhere, e.g. append its id to a list in `RequestIDMiddleware`."""
+    before = stored(database_url)["base"]
+    stop = threading.Event()
+    samples: list[tuple[int, int, float, float]] = []
+    with ExitStack() as stack:
+        receiver = stack.enter_context(otlp_receiver(keep=False))
+        service = stack.enter_context(
+            running_service(
+                database_url, tmp_path / "service.log", "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint
+            )
+        )
+        clients = [stack.enter_context(closing(Client(service))) for _ in range(CLIENTS)]
+
+        def load(client: Client) -> None:
+            while not stop.is_set():
+                client.send(10)
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            loads = [pool.submit(load, client) for client in clients]
+            try:
+                for _ in range(10):
+                    seen = [len(client.seconds) for client in clients]
+                    stop.wait(SECONDS / 10)
+                    recent = sorted(s for client, n in zip(clients, seen, strict=True) for s in client.seconds[n:])
+                    median, p99 = 1000 * statistics.median(recent), 1000 * recent[int(len(recent) * 0.99)]
+                    samples.append((memory(service), connections(database_url), median, p99))
+                    progress(
+                        f"{len(recent) * 10 / SECONDS:7.0f} requests/s  {samples[-1][0] / 2**20:6.1f} MiB"
+                        f"  {samples[-1][1]:3} connections  median {median:5.2f} ms  p99 {p99:6.2f} ms",
+                    )
+            finally:
+                stop.set()
+            for each in loads:
+                each.result()
+        requests = sum(len(client.seconds) for client in clients)
+    first, last = samples[0], samples[-1]
+    after = stored(database_url)
+    progress(f"{requests} requests, {after['base'] - before} records")
+    assert after["base"] - before == 2 * requests
+    assert after["half"] == 0
+    assert last[0] - first[0] < GROWTH
+    assert last[1] <= CLIENTS
+    # Not the first tenth alone: whatever else the machine did meanwhile is in it.
+    assert last[2] < 1.5 * statistics.median(sample[2] for sample in samples)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS)
+def test_memory_is_bounded_while_the_receiver_fails(database_url: str, tmp_path: Path, fault: str) -> None:
+    """Break: `max_queue_size` of the span processors: a list that keeps every span."""
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(faulty_receiver(fault))
+        service = stack.enter_context(
+            running_service(
+                database_url, tmp_path / "service.log", "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+            )
+        )
+        sizes = []
+        clients = [stack.enter_context(closing(Client(service))) for _ in range(CLIENTS)]
+        for _ in range(10):
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                for each in [pool.submit(client.send, REQUESTS // 10 // CLIENTS) for client in clients]:
+                    each.result()
+            sizes.append(memory(service))
+            progress(f"{fault}: {len(sizes) * REQUESTS // 10} requests, {sizes[-1] / 2**20:.1f} MiB")
+        started = time.monotonic()
+        service.stop(10)
+        progress(f"{fault}: ended in {time.monotonic() - started:.1f} s")
+    assert sizes[-1] - sizes[1] < GROWTH

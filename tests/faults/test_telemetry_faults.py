@@ -1,0 +1,148 @@
+"""What becomes of requests when the other end of the exporter fails, and of spans when the process ends."""
+
+import http.client
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import pytest
+from faults.cluster import SLACK, Run, ids, log, logged_ids, progress, until
+from faults.cluster import http as shared_http
+from otlp_receiver import otlp_receiver
+from service import Service, free_port, running_service
+
+SHUTDOWN = 10.0
+"""Seconds within which the process must have ended, whatever the receiver does."""
+
+FAULTS = ("down", "hanging", "500")
+
+
+@contextmanager
+def faulty_receiver(fault: str) -> Iterator[str]:
+    """Yield the address of a receiver that is of no use."""
+    if fault == "500":
+        with otlp_receiver(status=500, keep=False) as receiver:
+            yield receiver.endpoint
+    elif fault == "down":
+        yield f"http://127.0.0.1:{free_port()}"
+    else:
+        with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:  # accepted by the kernel, never read
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+class Client:
+    """One connection to a service, with as little of its own as can be: it is what is not measured."""
+
+    def __init__(self, service: Service) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+        self.close = self.connection.close
+        self.seconds: list[float] = []
+
+    def send(self, requests: int) -> None:
+        """Send requests one after the other, and keep how long each took."""
+        for _ in range(requests):
+            started = time.perf_counter()
+            self.connection.request("POST", "/test-log", b"{}", {"Content-Type": "application/json"})
+            answer = self.connection.getresponse()
+            answer.read()
+            self.seconds.append(time.perf_counter() - started)
+            assert answer.status == HTTPStatus.OK
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
+    """Against a receiver that works, in turns on one machine, medians.
+
+    Break: export in the request, e.g. a SimpleSpanProcessor for BatchSpanProcessor (logger_logfire.py).
+    """
+    with ExitStack() as stack:
+        works = stack.enter_context(otlp_receiver(keep=False)).endpoint
+        fails = stack.enter_context(faulty_receiver(fault))
+        clients = []
+        for name, endpoint in (("off", ""), ("works", works), ("fails", fails)):
+            service = stack.enter_context(
+                running_service(
+                    database_url, tmp_path / f"{name}.log", "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+                )
+            )
+            clients.append(stack.enter_context(closing(Client(service))))
+        for _ in range(60):
+            for client in clients:
+                client.send(50)
+    off, works_median, fails_median = (1000 * statistics.median(client.seconds[500:]) for client in clients)
+    progress(f"{fault}: median {fails_median:.2f} ms, works: {works_median:.2f} ms, off: {off:.2f} ms")
+    assert fails_median < 1.1 * works_median
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fault: str) -> None:
+    """Break: the bound of `flush_logfire` (`thread.join()` without one), or `daemon=True` (logger_logfire.py)."""
+    with faulty_receiver(fault) as endpoint, run(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as service:
+        with closing(Client(service)) as client:
+            client.send(200)
+        assert max(client.seconds) < 1 + SLACK
+        started = time.monotonic()
+        service.stop(SHUTDOWN)
+        assert time.monotonic() - started < SHUTDOWN
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
+    run: Run, database_url: str, workers: int
+) -> None:
+    """Every answer is a 200, its records are there, and its whole trace has arrived.
+
+    Break: `flush_logfire` in `lifespan` (cc_main.py).
+    """
+    answers: list[httpx.Response] = []
+
+    with (
+        otlp_receiver() as receiver,
+        run(
+            f"--workers={workers}", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint, CC_DB_TIMEOUT_SECONDS="5"
+        ) as service,
+    ):
+
+        def load() -> None:
+            while True:
+                try:
+                    # A connection each: no request can be on its way on one that the server closes.
+                    answers.append(log(service))
+                except httpx.TransportError:
+                    return  # refused: it has stopped listening
+
+        with ThreadPoolExecutor(8) as pool:
+            loads = [pool.submit(load) for _ in range(8)]
+            until(lambda: len(answers) > 100)
+            service.process.terminate()
+            for each in loads:
+                each.result()
+        code = service.process.wait(SHUTDOWN)
+
+    assert code in (0, -signal.SIGTERM)  # ended by the signal it was sent, which is how uvicorn says that all went well
+    assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
+    written = ids(database_url)
+    arrived: dict[str, set[str]] = {}
+    for span in receiver.spans:
+        arrived.setdefault(span.trace_id, set()).add(span.attributes.get("mem0.record_id", span.name))
+    for answer in answers:
+        assert logged_ids(answer) <= written
+        assert logged_ids(answer) | {"POST /test-log"} <= arrived[answer.json()["trace_id"]]
+
+
+def test_sigterm_finishes_a_request_in_flight(run: Run) -> None:
+    """Break: nothing in src; shows that nothing of ours cuts it off."""
+    with run("--app-dir=tests/faults", app="endpoints:app") as service, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
+        time.sleep(0.5)
+        assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
+        assert slow.result().status_code == HTTPStatus.OK
+        assert "Traceback" not in service.log
