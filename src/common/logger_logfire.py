@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import re
 import threading
 import traceback
 from collections.abc import Sequence
@@ -54,26 +53,28 @@ class RequestIDSpanProcessor(SpanProcessor):
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         if request_id := request_id_var.get():
             span.set_attribute("request_id", request_id)
-        if span.kind is SpanKind.SERVER:
-            _cut_query(span)  # now: Logfire also sends a span when it starts
 
 
 class RedactingSpanProcessor(SpanProcessor):
-    """Take off a span what its instrumentation puts there unasked, before an exporter sees it.
+    """Take off a span what its instrumentation puts there unasked.
 
-    The text of an exception, in the status description: text is content, PostgreSQL's repeats the row
-    that it refused, pydantic's the input. And where the database is and who logs in there.
-
-    A span that has ended has no setters. What is written to here is Logfire's copy of it, made for the
-    exporters, by its private names.
+    Query strings, where callers leave tokens, and where the database is: when the span starts, since
+    Logfire sends it then already. The text of an exception, in the status description, when it ends:
+    text is content, PostgreSQL's repeats the row that it refused, pydantic's the input.
     """
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        attributes = span.attributes or {}
+        if span.kind is SpanKind.SERVER:
+            _cut_query(span)
+        elif "db.system" in attributes or "db.system.name" in attributes:
+            for name in _DATABASE_ADDRESS.intersection(attributes):
+                span.set_attribute(name, "")
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.status.description:
+            # A span that has ended has no setter. This is Logfire's copy of it, made for the exporters.
             span._status = Status(span.status.status_code, span.status.description.partition(":")[0])  # noqa: SLF001
-        if span.attributes and "db.system" in span.attributes:
-            kept = {name: value for name, value in span.attributes.items() if name not in _DATABASE_ADDRESS}
-            span._attributes = kept  # noqa: SLF001
 
 
 def configure_logfire(
@@ -128,9 +129,8 @@ def configure_logfire(
         distributed_tracing=distributed_tracing,
         scrubbing=logfire.ScrubbingOptions(
             callback=_keep_own_attributes,
-            # The input that failed pydantic's validation, as JSON. And where the database is: a span that is sent
-            # when it starts has never been to `on_end`.
-            extra_patterns=[r"exception\.logfire\.data", *(f"^{re.escape(name)}$" for name in _DATABASE_ADDRESS)],
+            # The input that failed pydantic's validation, as JSON.
+            extra_patterns=[r"exception\.logfire\.data"],
         ),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
         additional_span_processors=[RequestIDSpanProcessor(), RedactingSpanProcessor(), *span_processors],

@@ -82,7 +82,7 @@ async def test_no_more_attributes_than_these_are_on_the_spans_of_a_request(
             *(f"http.{name}" for name in https),
         },
         "log_l1": {"layer", "mem0.event_type", "mem0.record_id"},
-        "WITH": {"db.name", "db.statement", "db.system", "net.transport"},
+        "WITH": {"db.name", "db.statement", "db.system", "db.user", "net.peer.name", "net.transport"},
     }
     for span in exporter.get_finished_spans():
         assert "secret" not in span.to_json()
