@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Final
-from uuid import uuid4
 
 from opentelemetry.context import Context, attach, detach
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils import uuid4
 
 request_id_var: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 """The id of the request being served in this context; None outside any request."""

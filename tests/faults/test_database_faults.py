@@ -104,7 +104,7 @@ def test_no_request_fails_that_arrives_with_the_news_of_a_restart(postgres: Post
 def test_every_acknowledged_record_survives_sigkill_under_load(
     postgres: Postgres, service: Service, database_url: str
 ) -> None:
-    """Break: `raise database_error` in `database_call` (swallow it), or write base row and child in two statements."""
+    """Break: `raise database_error` in `_store` (swallow it), or write base row and child in two statements."""
     answers: list[httpx.Response] = []
     stop = threading.Event()
     printed = len(service.log)
@@ -146,7 +146,7 @@ def test_every_acknowledged_record_survives_sigkill_under_load(
 def test_a_frozen_database_is_a_503_within_the_bound_for_30_callers_at_once(postgres: Postgres, run: Run) -> None:
     """With a bound long enough to tell it from twice as long, which is what asyncpg's own makes of it.
 
-    Break: `asyncio.timeout` in `database_call` (services/logging.py).
+    Break: `deadline` in `_store` (services/logging.py).
     """
     seconds = 3.0
     with run(CC_DB_TIMEOUT_SECONDS=str(seconds)) as service, ThreadPoolExecutor(30) as pool:
@@ -185,7 +185,7 @@ def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
 
 
 def test_200_clients_of_an_exhausted_pool_wait_no_longer_than_the_bound(service: Service, database_url: str) -> None:
-    """Break: `asyncio.timeout` in `database_call` and `command_timeout=` (each is enough for the other)."""
+    """Break: `deadline` in `_store` and `command_timeout=` (each is enough for the other)."""
     until(lambda: log(service).status_code == HTTPStatus.OK)
     with ThreadPoolExecutor(200) as pool:
         with locked(database_url):

@@ -15,7 +15,7 @@ from sqlalchemy import ExceptionContext, event, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.cc.services.logging import DatabaseError, Record, database_call, database_error, log_l1
+from backend.cc.services.logging import DATABASE_ERRORS, DatabaseError, Record, database_error, deadline, log_l1
 
 
 class Settings(BaseSettings):
@@ -130,8 +130,7 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
     try:
         yield session
         if session.in_transaction():
-            async with database_call(session):
-                await session.commit()
+            await _commit(session)
     except SQLAlchemyError as error:
         # An endpoint's own query. Not left to whoever catches it: its text repeats the row.
         raise database_error(error) from None
@@ -140,6 +139,14 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
             # Shielded: a request that is cancelled again meanwhile must still give its connection back.
             with contextlib.suppress(DatabaseError):
                 await asyncio.shield(session.close())
+
+
+async def _commit(session: AsyncSession) -> None:
+    try:
+        async with deadline(session):
+            await session.commit()
+    except DATABASE_ERRORS as error:
+        raise database_error(error) from None
 
 
 # scope="function": a commit after the response was sent would answer 200 for rows that may never be.

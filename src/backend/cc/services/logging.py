@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -240,37 +240,31 @@ def database_error(error: Exception) -> DatabaseError:
     return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {sqlstate}){hint}")
 
 
-@contextlib.asynccontextmanager
-async def database_call(session: AsyncSession) -> AsyncIterator[None]:
-    """Bound what is done with `session` inside the block in time, and its errors in what they say.
+def deadline(session: AsyncSession) -> asyncio.Timeout:
+    """Return the time limit of a database call on `session`, to be entered with `async with`.
 
     Args:
-        session: Its `info["timeout"]` is the bound, in seconds; 5 where it does not say.
-
-    Raises:
-        DatabaseUnavailableError: See `database_error`.
-        DatabaseError: The same.
+        session: Its `info["timeout"]` is the limit, in seconds; 5 where it does not say.
     """
-    try:
-        async with asyncio.timeout(session.info.get("timeout", TIMEOUT_SECONDS)):
-            yield
-    except DATABASE_ERRORS as error:
-        # `from None`: a traceback would print the original's text.
-        raise database_error(error) from None
+    return asyncio.timeout(session.info.get("timeout", TIMEOUT_SECONDS))
 
 
 async def _store(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> None:
-    async with database_call(session):
-        if session.in_transaction():
-            await (await session.connection()).exec_driver_sql(statement, values)
-        elif isinstance(session.bind, AsyncEngine):
-            # In turn: of SQLAlchemy's queue whoever comes just then takes the connection, and who waited for it
-            # waits again, behind everybody else.
-            async with session.info.get("turns", _NO_TURNS):
-                await _store_autocommit(session.bind, statement, values)
-        else:  # bound to one connection, as tests do that roll everything back
-            async with session.begin():
+    try:
+        async with deadline(session):
+            if session.in_transaction():
                 await (await session.connection()).exec_driver_sql(statement, values)
+            elif isinstance(session.bind, AsyncEngine):
+                # In turn: of SQLAlchemy's queue whoever comes just then takes the connection, and who waited for it
+                # waits again, behind everybody else.
+                async with session.info.get("turns", _NO_TURNS):
+                    await _store_autocommit(session.bind, statement, values)
+            else:  # bound to one connection, as tests do that roll everything back
+                async with session.begin():
+                    await (await session.connection()).exec_driver_sql(statement, values)
+    except DATABASE_ERRORS as error:
+        # `from None`: a traceback would print the original's text.
+        raise database_error(error) from None
 
 
 async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[Any, ...]) -> None:
