@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,22 @@ Run = Callable[..., AbstractContextManager[Service]]
 """Starts the service on the test's database; see `running_service`."""
 
 
-http = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
-"""A client without connections of its own, shared because it takes longer to make than a request."""
+TLS = ssl.create_default_context()
+"""Not used, and made once: making one for each client takes longer than a request."""
+
+
+class Http:
+    """A client with a connection of its own for each request, so that threads can share it."""
+
+    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
+        with httpx.Client(timeout=30, verify=TLS) as client:
+            return client.request(method, url, **options)
+
+    def post(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("POST", url, **options)
+
+
+http = Http()
 
 
 class Postgres:

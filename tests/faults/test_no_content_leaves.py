@@ -93,7 +93,7 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
 
         def send(path: str, status: int, method: str = "POST", **request: object) -> None:
             content = request or {"json": BODY}
-            answer = http.request(method, f"{service.url}{path}?q={QUERY}", headers=HEADERS, **content)  # type: ignore[arg-type]
+            answer = http.request(method, f"{service.url}{path}?q={QUERY}", headers=HEADERS, **content)
             assert answer.status_code == status, (path, answer.text)
             answers.append(answer)
 

@@ -102,7 +102,7 @@ def test_every_file_that_the_documentation_names_exists() -> None:
     for document in documents:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document}: {target}"
-    for script in re.findall(r"\./scripts/(\w+)", "".join(document.read_text() for document in documents)):
+    for script in re.findall(r"\./scripts/(\w+(?:\.py)?)", "".join(document.read_text() for document in documents)):
         path = ROOT / "scripts" / script
         assert os.access(path, os.X_OK), script
 

@@ -8,6 +8,7 @@ import asyncpg
 import logfire
 import pytest
 from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from otlp_receiver import ReceivedSpan, Receiver, otlp_receiver
@@ -199,3 +200,15 @@ async def test_where_the_database_is_stays_off_its_spans(database_url: str) -> N
         assert (span.attributes or {})["db.system"] == "postgresql"
         for name in ("db.user", "net.peer.name"):
             assert (span.attributes or {})[name] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("http.url", "http://cc/test-log"), ("url.query", "")], ids=["old names", "new names"]
+)
+def test_a_query_string_is_off_the_span_when_it_starts(name: str, left: str) -> None:
+    recorded()
+    value = "http://cc/test-log?q=secret" if name == "http.url" else "q=secret"
+    span = trace.get_tracer("test").start_span("GET /", kind=trace.SpanKind.SERVER, attributes={name: value})
+    assert isinstance(span, ReadableSpan)
+    assert (span.attributes or {})[name] == left
+    span.end()

@@ -5,6 +5,7 @@ import asyncpg
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from backend.cc.routers.debug_router import TestLogRequest
 
@@ -139,3 +140,17 @@ async def test_the_examples_in_the_documentation_work(app: FastAPI, client: http
     assert len(examples) > 1
     for example in examples.values():
         assert (await client.post("/test-log", json=example["value"])).status_code == 200
+
+
+async def test_a_client_that_leaves_before_its_body_is_complete_is_no_error_of_ours(app: FastAPI) -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/test-log", "headers": [(b"content-type", b"application/json")]}
+    await app({**scope, "query_string": b""}, receive, send)
+    assert sent[0]["status"] == 400
