@@ -12,8 +12,7 @@ from types import FrameType
 
 import uvicorn
 from embedded_postgres import ServerError, server
-
-HOST = "127.0.0.1"
+from loopback import HOST, require_free
 
 
 def serve(port: int, arguments: list[str]) -> None:
@@ -23,7 +22,7 @@ def serve(port: int, arguments: list[str]) -> None:
         port: Where to listen on the loopback interface.
         arguments: More of uvicorn's.
     """
-    require_free(port)
+    require_free(port, "PORT=8001 ./scripts/serve")
     url = os.environ.get("DATABASE_URL")
     with contextlib.nullcontext(url) if url else server() as database_url:
         os.environ["DATABASE_URL"] = database_url
@@ -42,23 +41,6 @@ def serve(port: int, arguments: list[str]) -> None:
             ],
             prog_name="uvicorn",
         )
-
-
-def require_free(port: int) -> None:
-    """Refuse a port that is taken before anything is started, and before somebody else's answer on it is announced.
-
-    Args:
-        port: On the loopback interface.
-
-    Raises:
-        OSError: The port cannot be listened on.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like uvicorn's own
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise OSError(f"{HOST}:{port}: {error.strerror}. Another port: PORT=8001 ./scripts/serve") from error
 
 
 def announce(port: int) -> None:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-HOST: Final = "127.0.0.1"
+from loopback import HOST, require_free
 
 START_SECONDS: Final = 30.0
 
@@ -35,7 +35,7 @@ def run(port: int, command: list[str]) -> None:
     Raises:
         OSError: The port is taken, or the viewer did not start.
     """
-    require_free(port)
+    require_free(port, f"TRACES_PORT={port + 1}")
     HOME.mkdir(0o700, exist_ok=True)
     key, password = secrets.token_urlsafe(16), stored_password()
     reader, writer = os.pipe()
@@ -75,23 +75,6 @@ def run(port: int, command: list[str]) -> None:
     # The variants for traces alone would win over these.
     others = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_EXPORTER_OTLP_TRACES_")}
     os.execvpe(command[0], command, others | exporter | {"TRACES_NOTE": note})  # noqa: S606
-
-
-def require_free(port: int) -> None:
-    """Refuse a port that is taken, before somebody else's answer on it is announced.
-
-    Args:
-        port: On the loopback interface.
-
-    Raises:
-        OSError: The port cannot be listened on.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run do not count
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise OSError(f"{HOST}:{port}: {error.strerror}. Another port: TRACES_PORT={port + 1}") from error
 
 
 def stored_password() -> str:

@@ -57,7 +57,7 @@ def test_starts_without_its_database_and_recovers_when_it_comes(postgres: Postgr
 
 
 def test_starts_before_its_first_connection_can_be_made_and_recovers(postgres: Postgres, run: Run) -> None:
-    """Break: `timeout=` of `asyncpg.connect` and `asyncio.timeout` in `_store`."""
+    """Break: `timeout=` of `asyncpg.connect` and `deadline` in `_store`."""
     postgres.freeze()
     with run() as service:
         started = time.monotonic()

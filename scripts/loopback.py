@@ -1,0 +1,24 @@
+"""The loopback interface, on which everything that runs locally listens and nothing else."""
+
+import socket
+from typing import Final
+
+HOST: Final = "127.0.0.1"
+
+
+def require_free(port: int, remedy: str) -> None:
+    """Refuse a port that is taken before anything is started, and before somebody else's answer on it is announced.
+
+    Args:
+        port: On the loopback interface.
+        remedy: How to choose another port, for the error.
+
+    Raises:
+        OSError: The port cannot be listened on.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run do not count
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise OSError(f"{HOST}:{port}: {error.strerror}. Another port: {remedy}") from error
