@@ -331,10 +331,10 @@ def clean_text(text: str) -> str:
 def to_jsonb(payload: Mapping[str, Any]) -> str:
     r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Never raises for a value in it.
 
-    NUL and lone surrogates become U+FFFD, in keys too, and keys that become equal by it get a number;
-    NaN and infinities become null; an integer of more than 4,300 digits hexadecimal text; what JSON
-    can't express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128 levels,
-    or contains itself, the text "[nested too deeply]".
+    NUL and lone surrogates become U+FFFD, in keys too; keys that become equal, as 1 and "1" do, get a
+    number; NaN and infinities become null; an integer of more than 4,300 digits hexadecimal text; what
+    JSON can't express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128
+    levels, or contains itself, the text "[nested too deeply]".
 
     Args:
         payload: Any mapping.
@@ -351,7 +351,8 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     return _dumps(_clean(payload, DEPTH_MAX))
 
 
-_dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# sort_keys, which `jsonb` has no use for, raises where keys are of several types: 1 and "1" are one name in JSON.
+_dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
 
 
 def _clean(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one for each kind of value

@@ -343,6 +343,10 @@ def nested(levels: int) -> dict[str, Any]:
         ({"a": Hostile()}, {"a": "<Unserializable Hostile object>"}),
         ({"a": ValueError("x")}, {"a": "x"}),
         ({"\0": 1, "\ufffd": 2, "\ud800": 3}, {"\ufffd": 1, "\ufffd\ufffd1": 2, "\ufffd\ufffd2": 3}),  # noqa: F601 - they are three
+        (
+            {1: "a", "1": "b", "c": {None: 1, "null": 2}},
+            {"1": "a", "1\ufffd1": "b", "c": {"null": 1, "null\ufffd1": 2}},
+        ),
         ({"a": "\\u0000 is text", "b": "["}, {"a": "\\u0000 is text", "b": "["}),
         ({"a": "[" * 1000}, None),
         (nested(DEPTH_MAX), None),
