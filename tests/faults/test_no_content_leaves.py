@@ -189,9 +189,12 @@ async def test_no_sentinel_is_in_an_exceptions_text(
     assert found("".join(texts)) == []
 
 
-@pytest.mark.parametrize("url", [f"mysql://user:{PASSWORD}@{ADDRESS}/db", f"{ADDRESS}:{PASSWORD}"])
+@pytest.mark.parametrize(
+    "url",
+    [f"mysql://user:{PASSWORD}@{ADDRESS}/db", f"{ADDRESS}:{PASSWORD}", f"postgresql://u:p@x:{PASSWORD}@{ADDRESS}/db"],
+)
 def test_no_sentinel_is_in_what_settings_that_are_wrong_say(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Break: `hide_input_in_errors=True` (deps.py)."""
+    """Break: `hide_input_in_errors=True`, or `ValueError` beside `ArgumentError` (deps.py)."""
     monkeypatch.setenv("DATABASE_URL", url)
     with pytest.raises(ValidationError) as caught:
         Settings()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Generator
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Final, Protocol
 from uuid import UUID
 
 import asyncpg
@@ -16,6 +16,23 @@ from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.cc.services.logging import DATABASE_ERRORS, DatabaseError, Record, database_error, deadline, log_l1
+
+_NOT_ASYNCPGS: Final = frozenset(
+    {
+        "channel_binding",
+        "connect_timeout",
+        "gssencmode",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "prepared_statement_cache_size",
+        "ssl",
+        "tcp_user_timeout",
+    }
+)
+"""Parameters of a URL that libpq or SQLAlchemy know. asyncpg would take them for settings of the server, and every
+connection would be refused."""
 
 
 class Settings(BaseSettings):
@@ -56,11 +73,13 @@ class Settings(BaseSettings):
         # asyncpg reads an address as libpq would: sslmode, a socket's directory, several hosts. SQLAlchemy
         # reads it first, since it copes with characters in a password that were not escaped.
         try:
-            url = make_url(value.get_secret_value())
-        except ArgumentError:
-            raise ValueError("is not a database URL") from None
+            url = make_url(value.get_secret_value().strip())
+        except (ArgumentError, ValueError):
+            raise ValueError("is no database URL; several hosts are written ?host=one,two&port=5432,5432") from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
+        if unknown := sorted(_NOT_ASYNCPGS.intersection(url.query)):
+            raise ValueError(f"has parameters that asyncpg does not know: {', '.join(unknown)}")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
@@ -75,10 +94,15 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
 
     async def connect() -> asyncpg.Connection:
         try:
-            return await asyncpg.connect(dsn, timeout=settings.cc_db_timeout_seconds, command_timeout=command_timeout)
-        except OSError as error:
-            # Refused, no such host, timed out: made an error of the database's, which SQLAlchemy wraps
-            # like any other. Its own text would name the address.
+            return await asyncpg.connect(
+                dsn,
+                timeout=settings.cc_db_timeout_seconds,
+                command_timeout=command_timeout,
+                connection_class=_Connection,
+            )
+        except (OSError, UnicodeError) as error:
+            # Refused, timed out, no such host, not even a host's name: made an error of the database's, which
+            # SQLAlchemy wraps like any other. Its own text would name the address.
             raise asyncpg.ClientCannotConnectError(type(error).__name__) from None
 
     class Connecting:
@@ -168,6 +192,20 @@ async def get_log_l1(session: DBSession) -> BoundLogL1:
 
 LogL1 = Annotated[BoundLogL1, Depends(get_log_l1, scope="function")]
 """An endpoint's parameter that is `log_l1`, bound to the request's session."""
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """asyncpg's connection, where a COMMIT that has not committed is an error.
+
+    Where a statement of the transaction has failed, and whoever sent it went on, PostgreSQL answers COMMIT with
+    ROLLBACK. It is no error to PostgreSQL, and asyncpg does not look.
+    """
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
+        status: str = await super().execute(query, *args, **options)
+        if status == "ROLLBACK" and query == "COMMIT;":
+            raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
+        return status
 
 
 def _refuse_closed(dbapi_connection: Any, *_: object) -> None:

@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from sqlalchemy import PoolProxiedConnection
 from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, MissingGreenlet, SQLAlchemyError
@@ -63,8 +64,12 @@ _UNAVAILABLE: Final = frozenset({"08", "25", "28", "3D", "40", "53", "55", "57",
 statement: no connection, read-only, refused login, no such database, rolled back for another's sake,
 out of disk or connections, locked, shutting down, failing hardware."""
 
-_NOT_MIGRATED: Final = frozenset({"3F000", "42P01", "42703"})
-"""SQLSTATEs of a missing schema, table or column."""
+_HINTS: Final = {
+    "25P02": ": an earlier statement of the transaction has failed",
+    **dict.fromkeys(["3F000", "42P01", "42703"], ": has `alembic upgrade head` been run?"),
+}
+"""What SQLSTATEs mean that are a mistake of whoever runs or writes the service: a transaction that went on after an
+error; a schema, table or column that is missing."""
 
 DATABASE_ERRORS: Final = (
     SQLAlchemyError,
@@ -234,9 +239,9 @@ def database_error(error: Exception) -> DatabaseError:
         if isinstance(error, InvalidRequestError):
             return DatabaseError(f"the session can't be used ({type(error).__name__})")
         return DatabaseUnavailableError(f"the database is unavailable ({type(cause).__name__})")
-    if sqlstate[:2] in _UNAVAILABLE:
+    hint = _HINTS.get(sqlstate, "")
+    if sqlstate[:2] in _UNAVAILABLE and not hint:
         return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {sqlstate})")
-    hint = ": has `alembic upgrade head` been run?" if sqlstate in _NOT_MIGRATED else ""
     return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {sqlstate}){hint}")
 
 
@@ -333,8 +338,10 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
 
     NUL and lone surrogates become U+FFFD, in keys too; keys that become equal, as 1 and "1" do, get a
     number; NaN and infinities become null; an integer of more than 4,300 digits hexadecimal text; what
-    JSON can't express (UUID, datetime, Decimal, ...) its usual text; what is nested deeper than 128
-    levels, or contains itself, the text "[nested too deeply]".
+    JSON can't express (UUID, datetime, Decimal, ...) its usual text, bytes that are not UTF-8 base64
+    (RFC 4648, section 5); what is nested deeper than 128 levels "[nested too deeply]"; what contains
+    itself "[repeated]" inside, and so does, from there on, whatever has been written already; an object
+    that fails to describe itself "[unserializable <its class>]".
 
     Args:
         payload: Any mapping.
@@ -348,49 +355,77 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
         # Few payloads need more than these two looks. `[[[` can only be nested as deep as it has brackets.
         if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text
-    return _dumps(_clean(payload, DEPTH_MAX))
+    return _dumps(_Cleaner().clean(payload))
 
 
 # sort_keys, which `jsonb` has no use for, raises where keys are of several types: 1 and "1" are one name in JSON.
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
 
 
-def _clean(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one for each kind of value
-    """Return `value` made of what `jsonb` can store; `depth` is the levels of nesting left."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return clean_text(str(value))
-    if isinstance(value, int):
+class _Cleaner:
+    """Makes a payload of what `jsonb` can store. One for each payload."""
+
+    def __init__(self) -> None:
+        # By `id`, with the values themselves: a freed one's could be given to another.
+        self.around: dict[int, Any] = {}
+        self.cyclic = False
+
+    def clean(self, value: Any, depth: int = DEPTH_MAX) -> Any:  # noqa: PLR0911 - one for each kind of value
+        """Return `value` made of what JSON has; `depth` is the levels of nesting left."""
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return clean_text(str.__str__(value))
+        if isinstance(value, int):
+            return _clean_integer(value)
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else None
+        if depth == 0:
+            return "[nested too deeply]"
         try:
-            str(value)
-        except ValueError:  # more than 4,300 digits, see `sys.set_int_max_str_digits`
-            return hex(value)
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if depth == 0:
-        return "[nested too deeply]"
-    if isinstance(value, Mapping):
-        return _clean_mapping(value, depth)
-    if isinstance(value, list | tuple):
-        return [_clean(item, depth - 1) for item in value]
-    return _clean(_usual_form(value), depth - 1)
+            if isinstance(value, Mapping | list | tuple):
+                return self.clean_container(value, depth)
+            return self.clean(_usual_form(value), depth - 1)
+        except Exception:  # noqa: BLE001 - whatever a foreign object's own code raises: the rest is stored without it
+            return f"[unserializable {type(value).__qualname__}]"
+
+    def clean_container(self, value: Any, depth: int) -> Any:
+        if id(value) in self.around:
+            # From here on nothing is written twice. A graph would be walked along every path through it.
+            self.cyclic = True
+            return "[repeated]"
+        self.around[id(value)] = value
+        try:
+            if isinstance(value, Mapping):
+                return self.clean_mapping(value, depth)
+            return [self.clean(item, depth - 1) for item in value]
+        finally:
+            if not self.cyclic:
+                del self.around[id(value)]
+
+    def clean_mapping(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+        cleaned: dict[str, Any] = {}
+        for key, item in value.items():
+            clean_key = self.clean(key, depth - 1)
+            name = clean_key if isinstance(clean_key, str) else _dumps(clean_key)
+            while name in cleaned:  # two keys that JSON can't tell apart: neither value is dropped
+                name = f"{name}\ufffd{len(cleaned)}"
+            cleaned[name] = self.clean(item, depth - 1)
+        return cleaned
 
 
-def _clean_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    cleaned: dict[str, Any] = {}
-    for key, item in value.items():
-        clean_key = _clean(key, depth - 1)
-        name = clean_key if isinstance(clean_key, str) else _dumps(clean_key)
-        while name in cleaned:  # two keys that differ in what can't be stored: neither value is dropped
-            name = f"{name}\ufffd{len(cleaned)}"
-        cleaned[name] = _clean(item, depth - 1)
-    return cleaned
+def _clean_integer(value: int) -> int | str:
+    try:
+        str(value)
+    except ValueError:  # more than 4,300 digits, see `sys.set_int_max_str_digits`
+        return hex(value)
+    return int(value)
 
 
 def _usual_form(value: Any) -> Any:
     try:
         return to_jsonable_python(value, serialize_unknown=True, bytes_mode="utf8", inf_nan_mode="constants")
-    except Exception:  # noqa: BLE001 - whatever a foreign object's own code raises: the record is stored without it
-        return repr(value) if isinstance(value, bytes | bytearray) else f"[unserializable {type(value).__qualname__}]"
+    except ValueError:  # bytes that are no text
+        if isinstance(value, BaseModel):  # which go by a setting of the model's
+            return value.model_dump()
+        return to_jsonable_python(value, serialize_unknown=True, bytes_mode="base64", inf_nan_mode="constants")

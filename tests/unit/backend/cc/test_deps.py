@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 
 import asyncpg
 import httpx
@@ -6,6 +7,7 @@ import pytest
 from fastapi import FastAPI, HTTPException
 from pydantic import ValidationError
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from backend.cc.cc_main import create_app
@@ -25,17 +27,24 @@ EVENT = EventRecord("tool.called", {})
         ("postgresql://u:a%40b%2Fc%25d@h/d", "postgresql://u:a%40b%2Fc%25d@h/d"),
         ("postgresql://u:a/b#c?d%e@h/d", "postgresql://u:a%2Fb%23c%3Fd%25e@h/d"),
         ("postgresql:///d?host=/run/postgresql", "postgresql:///d?host=%2Frun%2Fpostgresql"),
+        (" postgresql://u:p@h/d\n", "postgresql://u:p@h/d"),
     ],
 )
 def test_a_database_url_is_read_in_any_form_a_user_writes_it(written: str, read: str) -> None:
     assert Settings(database_url=written).database_url.get_secret_value() == read
 
 
-@pytest.mark.parametrize("wrong", ["mysql://u:secret@h/d", "u:secret@h", "secret"])
+@pytest.mark.parametrize("wrong", ["mysql://u:secret@h/d", "u:secret@h", "secret", "postgresql://u:p@x:secret@h/d"])
 def test_what_is_no_postgresql_url_is_refused_without_repeating_it(wrong: str) -> None:
     with pytest.raises(ValidationError, match="database_url") as raised:
         Settings(database_url=wrong)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("parameter", ["channel_binding", "connect_timeout", "prepared_statement_cache_size", "ssl"])
+def test_a_parameter_that_asyncpg_would_send_to_the_server_is_refused_by_name(parameter: str) -> None:
+    with pytest.raises(ValidationError, match=f"does not know: {parameter}"):
+        Settings(database_url=f"postgresql://u:p@h/d?{parameter}=secret&application_name=cc")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,13 @@ def app(settings: Settings) -> FastAPI:
         await log_l1(EVENT)
         raise HTTPException(418)
 
+    @app.post("/ignoring-an-error")
+    async def ignoring_an_error(session: DBSession, log_l1: LogL1) -> None:
+        await session.execute(text("SELECT 1"))
+        await log_l1(EVENT)
+        with contextlib.suppress(DBAPIError):
+            await session.execute(text("SELECT 1 / 0"))
+
     @app.post("/failing-commit")
     async def failing_commit(session: DBSession) -> str:
         await session.execute(text("INSERT INTO checked_at_commit VALUES (0)"))
@@ -128,6 +144,14 @@ async def test_a_commit_that_fails_is_never_a_2xx(client: httpx.AsyncClient, db:
     )
     assert (await client.post("/failing-commit")).status_code == 500
     assert await db.fetchval("SELECT count(*) FROM checked_at_commit") == 0
+
+
+async def test_a_transaction_that_went_on_after_an_error_is_never_a_2xx(
+    client: httpx.AsyncClient, db: asyncpg.Connection
+) -> None:
+    assert (await client.post("/ignoring-an-error")).status_code == 500
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+    assert (await client.post("/after-a-query")).status_code == 200
 
 
 async def test_a_query_that_fails_is_a_500_that_says_nothing_of_it(client: httpx.AsyncClient) -> None:

@@ -2,9 +2,10 @@ import asyncio
 import contextlib
 import json
 import math
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, StrEnum
@@ -20,8 +21,10 @@ import uvloop
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pydantic import BaseModel
 from pytest_benchmark.fixture import BenchmarkFixture
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 from wire import counted
@@ -304,6 +307,21 @@ class Size(StrEnum):
     SMALL = "small"
 
 
+class Shout(str, Enum):  # noqa: UP042 - not the same: str() of it is not its value
+    LOUD = "loud"
+
+
+@dataclass
+class Pair:
+    data: bytes
+    n: int
+
+
+class Model(BaseModel):
+    data: bytes
+    n: int = 1
+
+
 class Hostile:
     def __repr__(self) -> str:
         raise RuntimeError
@@ -311,10 +329,12 @@ class Hostile:
     __str__ = __repr__
 
 
-def itself() -> Mapping[str, Any]:
-    payload: dict[str, Any] = {}
-    payload["self"] = payload
-    return payload
+class HostileMapping(UserDict[str, Any]):
+    def items(self) -> Any:
+        raise KeyError
+
+
+UNSERIALIZABLE = "[unserializable HostileMapping]"
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -338,9 +358,13 @@ def nested(levels: int) -> dict[str, Any]:
         ({"a": Decimal("1.10")}, {"a": "1.10"}),
         ({"a": Colour.RED, "b": Size.SMALL}, {"a": "red", "b": "small"}),
         ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
-        ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "b'\\xff\\x00'"}),
+        ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "_wA="}),
+        ({"a": Pair(b"\xff", 1)}, {"a": {"data": "_w==", "n": 1}}),
+        ({"a": Model(data=b"\xff")}, {"a": {"data": "_w==", "n": 1}}),
+        ({"a": Shout.LOUD, Shout.LOUD: math.nan}, {"a": "loud", "loud": None}),
         ({"a": MappingProxyType({"b": 1})}, {"a": {"b": 1}}),
         ({"a": Hostile()}, {"a": "<Unserializable Hostile object>"}),
+        ({"a": HostileMapping(), "b": [1, HostileMapping()]}, {"a": UNSERIALIZABLE, "b": [1, UNSERIALIZABLE]}),
         ({"a": ValueError("x")}, {"a": "x"}),
         ({"\0": 1, "\ufffd": 2, "\ud800": 3}, {"\ufffd": 1, "\ufffd\ufffd1": 2, "\ufffd\ufffd2": 3}),  # noqa: F601 - they are three
         (
@@ -361,17 +385,38 @@ async def test_a_payload_is_stored_whatever_is_in_it(
     assert found == (payload if stored is None else stored)
 
 
-@pytest.mark.parametrize("payload", [itself(), nested(DEPTH_MAX + 1), nested(100_000)], ids=["itself", "129", "deep"])
+@pytest.mark.parametrize("levels", [DEPTH_MAX + 1, 100_000])
 async def test_what_is_nested_too_deeply_is_cut_off_where_it_is(
-    session: AsyncSession, db: asyncpg.Connection, payload: Mapping[str, Any]
+    session: AsyncSession, db: asyncpg.Connection, levels: int
 ) -> None:
-    await log_l1(session, EventRecord("e", payload))
+    await log_l1(session, EventRecord("e", nested(levels)))
     found = json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log"))
     depth = 0
     while isinstance(found, dict):
         (found,) = found.values()
         depth += 1
     assert (depth, found) == (DEPTH_MAX, "[nested too deeply]")
+
+
+async def test_what_contains_itself_is_cut_off_where_it_begins_again(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    shared = {"n": 1}
+    tree: dict[str, Any] = {"before": [shared, shared]}
+    tree["children"] = [{"parent": tree}, {"parent": tree}]
+    await log_l1(session, EventRecord("e", tree))
+    assert json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log")) == {
+        "before": [{"n": 1}, {"n": 1}],
+        "children": [{"parent": "[repeated]"}, {"parent": "[repeated]"}],
+    }
+
+
+def test_a_graph_is_not_walked_along_every_path_through_it() -> None:
+    nodes: list[dict[str, Any]] = [{"n": n, UUID(int=n): math.nan} for n in range(100)]  # type: ignore[dict-item]
+    for node in nodes:
+        node["links"] = nodes
+    text = to_jsonb(nodes[0])
+    assert all(text.count(f'"n":{n},') + text.count(f'"n":{n}}}') == 1 for n in range(100))
 
 
 @pytest.mark.parametrize("more", [{}, {"slow": math.nan}], ids=["as it is", "cleaned"])
@@ -405,8 +450,8 @@ async def test_a_refusal_is_an_error_that_says_nothing_of_the_row(
 ) -> None:
     await db.execute(change.format(name=await db.fetchval("SELECT current_database()")))
     sessions = create_sessions(Settings(database_url=database_url))
-    async with sessions() as session, begin(session):
-        with pytest.raises(DatabaseError) as raised:
+    with pytest.raises(DatabaseError) as raised:
+        async with sessions() as session, begin(session):
             await log_l1(session, EventRecord("e", {"a": "secret"}))
     assert isinstance(raised.value, DatabaseUnavailableError) is unavailable
     assert "SQLSTATE" in str(raised.value)
@@ -414,6 +459,35 @@ async def test_a_refusal_is_an_error_that_says_nothing_of_the_row(
     assert raised.value.__suppress_context__
     assert "secret" not in str(raised.value)
     await sessions.kw["bind"].dispose()
+
+
+async def test_a_transaction_that_was_rolled_back_instead_of_committed_is_an_error(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    """PostgreSQL answers COMMIT with ROLLBACK where a statement has failed, and calls it no error."""
+    await session.begin()
+    await log_l1(session, EVENT)
+    with contextlib.suppress(DBAPIError):
+        await session.execute(text("SELECT 1 / 0"))
+    with pytest.raises(DBAPIError, match="rolled back instead of committed"):
+        await session.commit()
+    await session.rollback()
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+    # The connection is as good as new, and an error that a savepoint has undone is none.
+    async with session.begin():
+        record_id = await log_l1(session, EVENT)
+        with contextlib.suppress(DBAPIError):
+            async with session.begin_nested():
+                await session.execute(text("SELECT 1 / 0"))
+    assert await db.fetchval("SELECT id FROM mem0_cc.base_log") == record_id
+
+
+async def test_a_record_in_a_transaction_that_has_failed_says_so(session: AsyncSession) -> None:
+    with contextlib.suppress(DBAPIError):
+        await session.execute(text("SELECT 1 / 0"))
+    with pytest.raises(DatabaseError, match="25P02.*: an earlier statement of the transaction has failed") as raised:
+        await log_l1(session, EVENT)
+    assert not isinstance(raised.value, DatabaseUnavailableError)
 
 
 async def test_a_session_that_can_not_be_used_is_an_error_of_its_own_kind(session: AsyncSession) -> None:
@@ -430,6 +504,7 @@ async def test_a_session_that_can_not_be_used_is_an_error_of_its_own_kind(sessio
     [
         "postgresql://nobody:secret@127.0.0.1:1/nothing",
         "postgresql://nobody:secret@name.invalid/nothing",
+        "postgresql://nobody:secret@a..b/nothing",
         "postgresql:///nothing?host=/nowhere",
     ],
 )
