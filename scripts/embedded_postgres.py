@@ -350,7 +350,15 @@ def _leave(cluster: Server, users: int) -> None:
     last = _try_lock(users, fcntl.LOCK_EX)
     fcntl.flock(users, fcntl.LOCK_UN)
     if last:
-        _poll(lambda: not cluster.running() and not _held(cluster.home / "supervisor.lock"), 10)
+        _poll(lambda: _ended(cluster), 10)
+
+
+def _ended(cluster: Server) -> bool:
+    """Tell whether the cluster has ended, its supervisor included; start another one where that was killed."""
+    if cluster.running():
+        _start_supervisor(cluster)  # again: a child of the killed one, about to become a program, had its lock
+        return False
+    return not _held(cluster.home / "supervisor.lock")
 
 
 def _start_supervisor(cluster: Server) -> bool:

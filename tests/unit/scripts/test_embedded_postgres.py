@@ -226,6 +226,20 @@ def test_the_server_of_a_killed_supervisor_is_stopped_by_its_last_user(home: Pat
     assert not Server(home).running()
 
 
+def test_a_killed_supervisors_child_that_lives_a_moment_longer_is_waited_for(home: Path) -> None:
+    with ExitStack() as stack:
+        process = stack.enter_context(supervisor(home))
+        with server(home):
+            process.kill()
+            process.wait()
+            with (home / "supervisor.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                child = subprocess.Popen(["/bin/sleep", "1"], pass_fds=(lock.fileno(),))
+            stack.close()
+    assert child.wait() == 0
+    assert not Server(home).running()
+
+
 def test_a_pid_file_that_names_a_living_stranger_harms_neither(home: Path) -> None:
     crashed = Server(home)
     crashed.start()
