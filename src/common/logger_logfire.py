@@ -122,9 +122,10 @@ def configure_logfire(
 
     for name, value in _BATCHES.items():
         os.environ.setdefault(name, value)
-    # Trace context alone. The default reads `baggage` too, which we use nothing of, and whose parser writes
-    # a warning with the caller's text into our log.
+    # Trace context alone. The default reads `baggage` too, which we use nothing of. The parsers of both write warnings
+    # with the caller's text into our log; that of `tracestate` also where the trace is not continued.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
+    logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     logfire.configure(
         service_name=service_name,
         environment=environment,
@@ -132,7 +133,8 @@ def configure_logfire(
         # False, not "if-token-present": a forgotten `.logfire` folder would count as a token.
         send_to_logfire=bool(token),
         console=None if console else False,
-        sampling=logfire.SamplingOptions(head=1.0 if recording else ALWAYS_OFF),
+        # None: LOGFIRE_TRACE_SAMPLE_RATE decides.
+        sampling=None if recording else logfire.SamplingOptions(head=ALWAYS_OFF),
         # Nobody asked for metrics, and they are an eighth of a traced request's CPU time.
         metrics=False,
         inspect_arguments=False,

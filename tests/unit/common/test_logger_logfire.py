@@ -90,6 +90,15 @@ def test_with_a_token_logfire_receives_spans_at_its_base_url(
     assert len(spans_named(receiver, "hello")) == 1
 
 
+def test_the_sample_rate_is_the_operators(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+    monkeypatch.setenv("LOGFIRE_TRACE_SAMPLE_RATE", "0")
+    configure_logfire("cos-cc", otlp=True)
+    with trace.get_tracer("test").start_as_current_span("hello") as span:
+        assert span.get_span_context().is_valid
+    assert spans_named(receiver, "hello") == []
+
+
 def recorded(*, trace_sql: bool = True) -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
     configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(exporter)], trace_sql=trace_sql)
