@@ -1,6 +1,7 @@
--- The two roles of the service's database, to be run by its owner or a superuser, in that database, before the
--- first `alembic upgrade head`. Give them passwords, or another way to log in, as you do for any role:
+-- The two roles of the service's database, to be run by a superuser, in that database, before the first
+-- `alembic upgrade head`. Give them passwords, or another way to log in, as you do for any role:
 --     ALTER ROLE cc_migrations PASSWORD '...'; ALTER ROLE cc_runtime PASSWORD '...';
+-- Roles belong to the whole server: for its second database leave out the two lines that create them.
 
 -- Runs the migrations: DATABASE_URL of `alembic upgrade head`. Owns the schema and all that is in it.
 CREATE ROLE cc_migrations LOGIN;
@@ -12,5 +13,7 @@ GRANT USAGE, CREATE ON SCHEMA public TO cc_migrations;
 -- after a broken connection needs no more: ON CONFLICT DO NOTHING without a target looks at no column.
 CREATE ROLE cc_runtime LOGIN;
 GRANT USAGE ON SCHEMA mem0_cc TO cc_runtime;
--- To be granted again after a `downgrade base`, which drops the schema.
 ALTER DEFAULT PRIVILEGES FOR ROLE cc_migrations IN SCHEMA mem0_cc GRANT INSERT ON TABLES TO cc_runtime;
+
+-- A `downgrade base` drops the schema, and what was granted on it. Before the next upgrade run CREATE SCHEMA, GRANT USAGE
+-- ON SCHEMA mem0_cc and ALTER DEFAULT PRIVILEGES again.

@@ -1,9 +1,28 @@
 """The loopback interface, on which everything that runs locally listens and nothing else."""
 
+import os
 import socket
 from typing import Final
 
 HOST: Final = "127.0.0.1"
+
+PORTS: Final = range(1, 65_536)
+
+
+def port_of(variable: str, default: int) -> int:
+    """Return the port that an environment variable names.
+
+    Args:
+        variable: Its name.
+        default: The port where it is absent or empty.
+
+    Raises:
+        OSError: It names none.
+    """
+    value = os.environ.get(variable) or str(default)
+    if not value.isdecimal() or int(value) not in PORTS:
+        raise OSError(f"{variable} must be a port, 1 to 65535")
+    return int(value)
 
 
 def require_free(port: int, remedy: str) -> None:

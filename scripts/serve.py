@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 from embedded_postgres import ServerError, server
-from loopback import HOST, require_free
+from loopback import HOST, port_of, require_free
 
 
 def serve(port: int, arguments: list[str]) -> None:
@@ -37,6 +37,7 @@ def serve(port: int, arguments: list[str]) -> None:
                 f"--port={port}",
                 "--reset-contextvars",
                 "--no-access-log",  # it would repeat query strings; the trace of a request says more
+                "--timeout-graceful-shutdown=10",  # a client may never finish its request
                 *arguments,
             ],
             prog_name="uvicorn",
@@ -78,7 +79,7 @@ if __name__ == "__mp_main__":  # a worker, with --workers or --reload
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
-        serve(int(os.environ.get("PORT", "8000")), sys.argv[1:])
+        serve(port_of("PORT", 8000), sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except subprocess.CalledProcessError as error:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from loopback import HOST, require_free
+from loopback import HOST, port_of, require_free
 
 START_SECONDS: Final = 30.0
 
@@ -124,7 +124,7 @@ if __name__ == "__main__":
             del sys.argv[1:]
             view()
         else:
-            run(int(os.environ.get("TRACES_PORT", "1984")), sys.argv[1:])
+            run(port_of("TRACES_PORT", 1984), sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:

@@ -20,8 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 # Before anything imports cc_main, whose last line builds the service from the environment: tests build
 # their own, nothing is sent anywhere, and no developer's settings shine through.
-for name in [name for name in os.environ if name.startswith(("LOGFIRE_", "OTEL_", "CC_DB_", "CC_TRACE", "CC_MAX"))]:
-    del os.environ[name]
+for name in list(os.environ):
+    if name.startswith(("LOGFIRE_", "OTEL_", "CC_")) and not name.startswith(("CC_TEST_", "CC_SOAK_")):
+        del os.environ[name]
 os.environ["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
 
 from backend.cc.cc_main import create_app  # noqa: E402

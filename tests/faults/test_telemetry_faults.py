@@ -59,27 +59,31 @@ class Client:
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
-    """Against a receiver that works, in turns on one machine, medians.
+    """Medians, in turns on one machine: against spans that are recorded and go nowhere, and a receiver that works.
 
     Break: export in the request, e.g. a SimpleSpanProcessor for BatchSpanProcessor (logger_logfire.py).
     """
     with ExitStack() as stack:
         works = stack.enter_context(otlp_receiver(keep=False)).endpoint
         fails = stack.enter_context(faulty_receiver(fault))
-        clients = []
-        for name, endpoint in (("off", ""), ("works", works), ("fails", fails)):
+        clients = {}
+        for name, environment in {
+            "tracing off": {},
+            "no receiver": {"OTEL_EXPORTER_OTLP_ENDPOINT": fails, "OTEL_TRACES_EXPORTER": "none"},
+            "works": {"OTEL_EXPORTER_OTLP_ENDPOINT": works},
+            fault: {"OTEL_EXPORTER_OTLP_ENDPOINT": fails},
+        }.items():
             service = stack.enter_context(
-                running_service(
-                    database_url, tmp_path / f"{name}.log", "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
-                )
+                running_service(database_url, tmp_path / f"{name}.log", "--no-access-log", **environment)
             )
-            clients.append(stack.enter_context(closing(Client(service))))
+            clients[name] = stack.enter_context(closing(Client(service)))
         for _ in range(60):
-            for client in clients:
+            for client in clients.values():
                 client.send(50)
-    off, works_median, fails_median = (1000 * statistics.median(client.seconds[500:]) for client in clients)
-    progress(f"{fault}: median {fails_median:.2f} ms, works: {works_median:.2f} ms, off: {off:.2f} ms")
-    assert fails_median < 1.1 * works_median
+    medians = {name: 1000 * statistics.median(client.seconds[500:]) for name, client in clients.items()}
+    progress("median of a request, ms: " + ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
+    assert medians[fault] < 1.1 * medians["no receiver"]
+    assert medians[fault] < 1.1 * medians["works"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -146,3 +150,15 @@ def test_sigterm_finishes_a_request_in_flight(run: Run) -> None:
         assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
         assert slow.result().status_code == HTTPStatus.OK
         assert "Traceback" not in service.log
+
+
+def test_sigterm_does_not_wait_for_a_client_that_never_finishes(run: Run) -> None:
+    """Break: nothing in src; shows that `--timeout-graceful-shutdown`, which `serve` and README.md set, is enough."""
+    with run("--timeout-graceful-shutdown=1") as service:
+        assert log(service).status_code == HTTPStatus.OK
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(b"POST /test-log HTTP/1.1\r\nHost: cc\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: 10\r\n\r\n{")
+            time.sleep(0.5)  # for the request to be read; were it too short, it would prove less
+            assert service.stop(1 + SHUTDOWN) in (0, -signal.SIGTERM)
+        assert "Cancel 1 running task(s)" in service.log

@@ -38,7 +38,7 @@ async def test_the_endpoint_of_the_readme_writes_what_it_says(
 
 async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, db: asyncpg.Connection) -> None:
     printed = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
-        [sys.executable, "-c", blocks("python")[1]],
+        [sys.executable, "-W", "error", "-c", blocks("python")[1]],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "DATABASE_URL": database_url},
         capture_output=True,
         text=True,
@@ -47,6 +47,7 @@ async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, d
     assert (
         await db.fetchval("SELECT event_type FROM mem0_cc.event_log WHERE base_log_id = $1", printed) == "job.finished"
     )
+    assert int(await db.fetchval("SELECT trace_id FROM mem0_cc.base_log WHERE id = $1", printed), 16) > 0
 
 
 async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(client: httpx.AsyncClient) -> None:
