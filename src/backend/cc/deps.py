@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Awaitable, Generator
 from typing import Annotated, Any, Final, Protocol
 from uuid import UUID
 
@@ -201,11 +201,16 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
     ROLLBACK. It is no error to PostgreSQL, and asyncpg does not look.
     """
 
-    async def execute(self, query: str, *args: Any, **options: Any) -> str:
-        status: str = await super().execute(query, *args, **options)
-        if status == "ROLLBACK" and query == "COMMIT;":
-            raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
-        return status
+    def execute(self, query: str, *args: Any, **options: Any) -> Awaitable[str]:
+        execution: Awaitable[str] = super().execute(query, *args, **options)
+        return _committed(execution) if query == "COMMIT;" else execution
+
+
+async def _committed(execution: Awaitable[str]) -> str:
+    status = await execution
+    if status != "COMMIT":
+        raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
+    return status
 
 
 def _refuse_closed(dbapi_connection: Any, *_: object) -> None:
