@@ -1,6 +1,7 @@
 """The service as its users meet it: a real uvicorn process on a real socket."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +30,9 @@ class Service:
         """What it has printed so far, standard output and error together."""
         return self.log_path.read_text()
 
-    def stop(self, timeout: float = 15) -> int:
-        """Stop it with SIGTERM and return its exit code."""
-        self.process.terminate()
+    def stop(self, timeout: float = 15, number: int = signal.SIGTERM) -> int:
+        """Stop it with a signal and return its exit code."""
+        self.process.send_signal(number)
         return self.process.wait(timeout)
 
 

@@ -65,6 +65,8 @@ def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], t
                 "CREATE TABLE public.more ()",
                 "DROP SCHEMA mem0_cc CASCADE",
                 "SELECT * FROM public.alembic_version_cos_cc",
+                "CREATE ROLE more",
+                "CREATE DATABASE more",
             ):
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await connection.execute(statement)

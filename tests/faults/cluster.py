@@ -119,6 +119,14 @@ def locked(url: str) -> Iterator[None]:
             runner.run(connection.close())
 
 
+def waiting(url: str) -> int:
+    """Count the connections that wait for a lock."""
+    [row] = fetch(
+        url, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return int(row["count"])
+
+
 def stored(url: str) -> dict[str, int]:
     """Count what is there, and what is there by half."""
     [row] = fetch(

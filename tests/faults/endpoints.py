@@ -4,6 +4,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import Body, HTTPException
+from pydantic import BaseModel
 from sqlalchemy import text
 
 from backend.cc.cc_main import app
@@ -51,6 +52,18 @@ async def crash_in_transaction(content: Text, session: DBSession, log_l1: LogL1)
         raise ValueError(content)
     except ValueError as error:
         raise ExceptionGroup(content, [error]) from error
+
+
+class Number(BaseModel):
+    """Not what the content is."""
+
+    n: int
+
+
+@app.post("/crash-in-validation")
+async def crash_in_validation(content: Text) -> None:
+    """Fail with an exception that repeats its input."""
+    Number.model_validate({"n": content})
 
 
 @app.post("/refuse")

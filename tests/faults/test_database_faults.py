@@ -28,6 +28,7 @@ from faults.cluster import (
     processes,
     stored,
     until,
+    waiting,
 )
 from pydantic import SecretStr
 from service import Service
@@ -163,7 +164,7 @@ def test_a_frozen_database_is_a_503_within_the_bound_for_30_callers_at_once(post
 
 
 def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run) -> None:
-    """Break: `command_timeout=` of `asyncpg.connect` (deps.py): asyncpg's cancel requests wait for ever."""
+    """Break: `command_timeout=` (deps.py) together with `driver.terminate()` (services/logging.py)."""
     with run(CC_DB_TIMEOUT_SECONDS="0.2") as service, ThreadPoolExecutor(10) as pool:
         until(lambda: log(service).status_code == HTTPStatus.OK)
         list(pool.map(lambda _: log(service), range(20)))
@@ -176,12 +177,31 @@ def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run
 
 
 def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
-    """Break: `pool_timeout=` in `create_engine` (deps.py): 0.01, and not everyone's turn comes."""
+    """Break: the turns in `_store` (services/logging.py) together with `pool_timeout=` (deps.py): 0.01."""
     # A bound that no slow machine reaches: nobody is to be turned away.
     with run(CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service, ThreadPoolExecutor(200) as pool:
         before = stored(database_url)["base"]
         assert {answer.status_code for answer in pool.map(lambda _: log(service), range(400))} == {HTTPStatus.OK}
         assert stored(database_url)["base"] == before + 800
+
+
+@pytest.mark.parametrize("path", ["/test-log", "/joined"])
+def test_a_pool_of_two_has_two_connections_however_many_wait(run: Run, database_url: str, path: str) -> None:
+    """Break: `pool_size=`, `max_overflow=` or `pool_timeout=` in `create_engine` (deps.py)."""
+
+    def send(_: int) -> int:
+        return http.post(f"{service.url}{path}", json={"content": "hello"}).status_code
+
+    with (
+        run("--app-dir=tests/faults", app="endpoints:app", CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service,
+        ThreadPoolExecutor(50) as pool,
+    ):
+        with locked(database_url):
+            answers = [pool.submit(send, number) for number in range(50)]
+            until(lambda: waiting(database_url) >= 2)
+            time.sleep(0.5)  # for others to come; were it too short, it would prove less
+            assert waiting(database_url) == 2
+        assert {answer.result() for answer in answers} == {HTTPStatus.OK}
 
 
 def test_200_clients_of_an_exhausted_pool_wait_no_longer_than_the_bound(service: Service, database_url: str) -> None:
@@ -224,7 +244,7 @@ AT_COMMIT = RAISES.replace("{kind}", "CONSTRAINT").replace("{deferred}", "DEFERR
 def test_what_is_not_committed_is_never_acknowledged(
     service: Service, database_url: str, path: str, statement: str, status: int
 ) -> None:
-    """Break: `await session.commit()` in `get_db_session` (leave it out: 200), or `scope="function"` of `DBSession`."""
+    """Break: `session.commit()` in `_commit` (leave it out: 200), or `scope="function"` of `DBSession` (deps.py)."""
     name = make_url(database_url).database
     fetch(database_url, statement.replace("{name}", str(name)))
     disconnect_all(database_url)

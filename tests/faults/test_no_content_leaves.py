@@ -41,6 +41,7 @@ CREATE {kind} TRIGGER refuse AFTER INSERT ON mem0_cc.prompt_trace {deferred} FOR
 CREATE {kind} TRIGGER refuse AFTER INSERT ON mem0_cc.event_log {deferred} FOR EACH ROW EXECUTE FUNCTION refuse()"""
 AT_ONCE = RAISE_ROW.replace("{kind}", "").replace("{deferred}", "")
 AT_COMMIT = RAISE_ROW.replace("{kind}", "CONSTRAINT").replace("{deferred}", "DEFERRABLE INITIALLY DEFERRED")
+FULL = [fault.replace("USING", "USING ERRCODE = '53100',") for fault in (AT_ONCE, AT_COMMIT)]
 MISSING = "ALTER TABLE mem0_cc.base_log RENAME TO elsewhere"
 FAULTS = (AT_ONCE, AT_COMMIT, MISSING)
 UNDO = """
@@ -73,8 +74,8 @@ def secret_url(postgres: Postgres, database_url: str) -> Iterator[str]:
 def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_url: str, secret_url: str) -> None:
     """Every endpoint, every kind of refusal and failure.
 
-    Break: the logger's level, `_drop_exception_text`, `RedactingSpanProcessor` or `_cut_query` (logger_logfire.py), or
-    `invalid_request` (cc_main.py); each alone.
+    Break: the logger's level, `extra_patterns`, `_drop_exception_text`, `RedactingSpanProcessor` or `_cut_query`
+    (logger_logfire.py), `invalid_request` or the text of `database_unavailable` (cc_main.py); each alone.
     """
     answers: list[httpx.Response] = []
 
@@ -118,6 +119,10 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
             fetch(database_url, fault)
             send_all(500)
             fetch(database_url, UNDO)
+        for fault in FULL:
+            fetch(database_url, fault)
+            send_all(503)
+            fetch(database_url, UNDO)
         postgres.freeze()
         send_all(503)
         postgres.thaw()
@@ -131,6 +136,7 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
         # The server prints an endpoint's own exception, its text included: that log is not ours to change.
         send("/crash", 500)
         send("/crash-in-transaction", 500)
+        send("/crash-in-validation", 500)
         service.stop()
 
     for receiver in (otlp, logfire):
@@ -145,7 +151,7 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_no_sentinel_is_logged_where_spans_are_refused(run: Run, secret_url: str, status: int) -> None:
-    """Shows that the SDK's own complaints name no token."""
+    """The SDK's own complaints name no token. Break: log the token in `configure_logfire` (logger_logfire.py)."""
     with (
         otlp_receiver(status=status) as receiver,
         run(

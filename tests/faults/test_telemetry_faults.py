@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faults.cluster import SLACK, Run, ids, log, logged_ids, progress, until
+from faults.cluster import SLACK, Postgres, Run, ids, locked, log, logged_ids, progress, until, waiting
 from faults.cluster import http as shared_http
 from otlp_receiver import otlp_receiver
 from service import Service, free_port, running_service
@@ -87,15 +87,18 @@ def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: s
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fault: str) -> None:
-    """Break: the bound of `flush_logfire` (`thread.join()` without one), or `daemon=True` (logger_logfire.py)."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fault: str, number: int) -> None:
+    """After SIGINT the interpreter ends as it usually does, with all that libraries have registered for its end.
+
+    Break: in `flush_logfire` (logger_logfire.py) the bound of `thread.join`; for SIGINT also `daemon=True`, or
+    `atexit.unregister`. All but the receiver that answers 500 notice: that one is slow to nobody.
+    """
     with faulty_receiver(fault) as endpoint, run(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as service:
         with closing(Client(service)) as client:
             client.send(200)
         assert max(client.seconds) < 1 + SLACK
-        started = time.monotonic()
-        service.stop(SHUTDOWN)
-        assert time.monotonic() - started < SHUTDOWN
+        service.stop(SHUTDOWN, number)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -143,13 +146,24 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 
 
 def test_sigterm_finishes_a_request_in_flight(run: Run) -> None:
-    """Break: nothing in src; shows that nothing of ours cuts it off."""
+    """Break: end the process in `lifespan` before `yield` returns, or in a signal handler (cc_main.py)."""
     with run("--app-dir=tests/faults", app="endpoints:app") as service, ThreadPoolExecutor(1) as pool:
         slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
         time.sleep(0.5)
         assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
         assert slow.result().status_code == HTTPStatus.OK
         assert "Traceback" not in service.log
+
+
+def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run: Run, database_url: str) -> None:
+    """Ten connections, each of which would wait for the bound. Break: the time limit of `dispose` (cc_main.py)."""
+    with run(CC_DB_TIMEOUT_SECONDS="5") as service, ThreadPoolExecutor(10) as pool:
+        with locked(database_url):
+            answers = [pool.submit(log, service) for _ in range(10)]
+            until(lambda: waiting(database_url) == 10)
+        assert {answer.result().status_code for answer in answers} == {HTTPStatus.OK}
+        postgres.freeze()
+        assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
 
 
 def test_sigterm_does_not_wait_for_a_client_that_never_finishes(run: Run) -> None:

@@ -160,7 +160,7 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
         raise database_error(error) from None
     finally:
         if session.in_transaction():
-            # Shielded: a request that is cancelled again meanwhile must still give its connection back.
+            # Shielded: cancelled again meanwhile, the rollback would break off, and take the connection with it.
             with contextlib.suppress(DatabaseError):
                 await asyncio.shield(session.close())
 

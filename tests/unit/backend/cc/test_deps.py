@@ -1,17 +1,18 @@
 import asyncio
 import contextlib
 
+import anyio
 import asyncpg
 import httpx
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from backend.cc.cc_main import create_app
-from backend.cc.deps import DBSession, LogL1, Settings, create_engine
+from backend.cc.deps import DBSession, LogL1, Settings, create_engine, get_db_session
 from backend.cc.services.logging import EventRecord, PromptRecord
 
 EVENT = EventRecord("tool.called", {})
@@ -135,6 +136,24 @@ async def test_an_error_rolls_back_what_is_open(client: httpx.AsyncClient, db: a
     assert (await client.post("/after-an-error")).status_code == 418
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
     assert await db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'") == 0
+
+
+async def test_a_request_that_is_cancelled_again_and_again_gives_a_connection_back_that_works(app: FastAPI) -> None:
+    """As anyio cancels, at every `await` on the way out."""
+    request = Request({"type": "http", "app": app})
+    pids = []
+
+    async def serve(scope: anyio.CancelScope) -> None:
+        async with contextlib.asynccontextmanager(get_db_session)(request) as session:
+            pids.append((await session.execute(text("SELECT pg_backend_pid()"))).scalar_one())
+            scope.cancel()
+            await asyncio.Event().wait()
+
+    for _ in range(3):
+        with anyio.CancelScope() as scope:
+            await serve(scope)
+        await asyncio.sleep(0.1)  # for the rollback, which nobody waits for any more
+    assert len(set(pids)) == 1
 
 
 async def test_a_commit_that_fails_is_never_a_2xx(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:

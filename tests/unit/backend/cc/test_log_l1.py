@@ -524,6 +524,23 @@ async def test_a_database_that_does_not_exist_is_unavailable(database_url: str) 
             await log_l1(session, EVENT)
 
 
+async def test_callers_of_a_full_pool_take_turns(database_url: str) -> None:
+    sessions = create_sessions(Settings(database_url=database_url, cc_db_pool_size=1))
+    order: list[str] = []
+
+    async def write(name: str) -> None:
+        async with sessions() as session:
+            for _ in range(20):
+                await log_l1(session, EVENT)
+                order.append(name)
+
+    await write("warm")
+    order.clear()
+    await asyncio.gather(write("a"), write("b"), write("c"))
+    assert order == ["a", "b", "c"] * 20
+    await sessions.kw["bind"].dispose()
+
+
 async def test_a_full_pool_is_unavailable_in_time_and_recovers(database_url: str) -> None:
     settings = Settings(database_url=database_url, cc_db_pool_size=1, cc_db_timeout_seconds=0.2)
     sessions = create_sessions(settings)
