@@ -29,6 +29,7 @@ import asyncpg
 import psutil
 import report
 from embedded_postgres import server, temporary_home
+from loopback import free_port
 from otlp_receiver import ReceivedSpan, otlp_receiver
 from proxy import DelayProxy
 from sqlalchemy import make_url
@@ -133,9 +134,7 @@ def calls(process: subprocess.Popen[str], count: int) -> Round:
 @contextmanager
 def service(app: str, url: str, **environment: str) -> Iterator[tuple[psutil.Process, int]]:
     """Run uvicorn with one worker; yield it with its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ("--no-access-log", "--log-level=error", "--loop=uvloop", "--http=httptools", "--reset-contextvars")
     with child("-m", "uvicorn", app, f"--port={port}", *options, DATABASE_URL=url, **environment) as process:
         for _ in range(300):
@@ -336,7 +335,7 @@ def describe_machine(server_url: str) -> dict[str, Any]:
         "cpu": cpu,
         "cores": psutil.cpu_count(),
         "memory": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "system": f"{platform.system()}, {platform.machine()}",
         "python": platform.python_version(),
         "load_before": psutil.getloadavg()[0],
         **{name: fetch(server_url, f"SHOW {name}") for name in settings},

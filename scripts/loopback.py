@@ -41,3 +41,11 @@ def require_free(port: int, remedy: str) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise OSError(f"{HOST}:{port}: {error.strerror}. Another port: {remedy}") from error
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

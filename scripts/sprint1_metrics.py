@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import asyncpg
 import httpx
 import uvloop
 from embedded_postgres import server, temporary_home
+from loopback import free_port
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_receiver import ReceivedSpan, otlp_receiver
 from uuid_utils.compat import uuid7
@@ -114,9 +114,7 @@ def receive(pipe: Connection) -> None:
 @contextmanager
 def service(database_url: str, endpoint: str) -> Iterator[str]:
     """Run the service as scripts/serve does, all spans delivered at the end of the block. Yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {"DATABASE_URL": database_url, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "PORT": str(port)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
+from loopback import free_port
 from playwright.sync_api import Browser, Page, sync_playwright  # type: ignore[import-not-found,unused-ignore]
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -90,14 +90,6 @@ def service() -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGINT)  # as a Ctrl-C does
         process.communicate(timeout=30)
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def post(host: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from loopback import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,14 +34,6 @@ class Service:
         """Stop it with a signal and return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -125,7 +125,8 @@ def configure_logfire(
     # Trace context alone. The default reads `baggage` too, which we use nothing of. The parsers of both write warnings
     # with the caller's text into our log; that of `tracestate` also where the trace is not continued.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
-    logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
+    for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logfire.configure(
         service_name=service_name,
         environment=environment,
@@ -168,7 +169,7 @@ def flush_logfire(timeout: float) -> bool:
     """Deliver the spans that have ended but wait for their batch. Blocks; call it in a thread.
 
     Args:
-        timeout: How long to wait, in seconds, 0 or more. The SDK's own time-outs are not kept where an
+        timeout: How long to wait, in seconds, 0 or more. The SDK's own timeouts are not kept where an
             endpoint accepts a connection and never answers.
 
     Returns:

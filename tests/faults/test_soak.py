@@ -9,8 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from faults.cluster import fetch, processes, progress, stored
-from faults.test_telemetry_faults import FAULTS, Client, faulty_receiver
+from faults.cluster import FAULTS, Client, faulty_receiver, fetch, processes, progress, stored
 from otlp_receiver import otlp_receiver
 from service import Service, running_service
 

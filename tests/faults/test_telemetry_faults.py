@@ -1,59 +1,38 @@
 """What becomes of requests when the other end of the exporter fails, and of spans when the process ends."""
 
-import http.client
 import signal
 import socket
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from http import HTTPStatus
 from pathlib import Path
 
 import httpx
 import pytest
-from faults.cluster import SLACK, Postgres, Run, ids, locked, log, logged_ids, progress, until, waiting
+from faults.cluster import (
+    FAULTS,
+    SLACK,
+    Client,
+    Postgres,
+    Run,
+    faulty_receiver,
+    ids,
+    locked,
+    log,
+    logged_ids,
+    progress,
+    stored,
+    until,
+    waiting,
+)
 from faults.cluster import http as shared_http
 from otlp_receiver import otlp_receiver
-from service import Service, free_port, running_service
+from service import running_service
 
 SHUTDOWN = 10.0
 """Seconds within which the process must have ended, whatever the receiver does."""
-
-FAULTS = ("down", "hanging", "500")
-
-
-@contextmanager
-def faulty_receiver(fault: str) -> Iterator[str]:
-    """Yield the address of a receiver that is of no use."""
-    if fault == "500":
-        with otlp_receiver(status=500, keep=False) as receiver:
-            yield receiver.endpoint
-    elif fault == "down":
-        yield f"http://127.0.0.1:{free_port()}"
-    else:
-        with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:  # accepted by the kernel, never read
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-class Client:
-    """One connection to a service, with as little of its own as can be: it is what is not measured."""
-
-    def __init__(self, service: Service) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
-        self.close = self.connection.close
-        self.seconds: list[float] = []
-
-    def send(self, requests: int) -> None:
-        """Send requests one after the other, and keep how long each took."""
-        for _ in range(requests):
-            started = time.perf_counter()
-            self.connection.request("POST", "/test-log", b"{}", {"Content-Type": "application/json"})
-            answer = self.connection.getresponse()
-            answer.read()
-            self.seconds.append(time.perf_counter() - started)
-            assert answer.status == HTTPStatus.OK
 
 
 @pytest.mark.soak
@@ -145,11 +124,12 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
         assert logged_ids(answer) | {"POST /test-log"} <= arrived[answer.json()["trace_id"]]
 
 
-def test_sigterm_finishes_a_request_in_flight(run: Run) -> None:
+def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:
     """Break: end the process in `lifespan` before `yield` returns, or in a signal handler (cc_main.py)."""
     with run("--app-dir=tests/faults", app="endpoints:app") as service, ThreadPoolExecutor(1) as pool:
+        before = stored(database_url)["event"]
         slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
-        time.sleep(0.5)
+        until(lambda: stored(database_url)["event"] > before)
         assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
         assert slow.result().status_code == HTTPStatus.OK
         assert "Traceback" not in service.log

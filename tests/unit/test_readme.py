@@ -86,15 +86,15 @@ async def test_the_query_of_the_readme_uses_an_index(db: asyncpg.Connection, col
     assert "Seq Scan on base_log" not in plan
 
 
-async def test_the_pruning_of_the_readme_takes_the_children_along(db: asyncpg.Connection) -> None:
-    pruning = re.search(r"`(DELETE FROM .*?)`", README)
+async def test_the_documented_pruning_takes_the_children_along(db: asyncpg.Connection) -> None:
+    pruning = re.search(r"^DELETE FROM .*?;$", (ROOT / "docs/scaling.md").read_text(), re.DOTALL | re.MULTILINE)
     assert pruning
     await db.execute(
-        "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now() - interval '31 days', 'cc', 'old', 't');"
+        "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now() - interval '91 days', 'cc', 'old', 't');"
         "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now(), 'cc', 'new', 't');"
         "INSERT INTO mem0_cc.event_log SELECT id, 'e', '{}' FROM mem0_cc.base_log"
     )
-    assert await db.execute(pruning[1]) == "DELETE 1"
+    assert await db.execute(pruning[0]) == "DELETE 1"
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log") == 1
 
 

@@ -22,7 +22,7 @@ SERVICE_NAME: Final = "cos-cc"
 """The OpenTelemetry `service.name`."""
 
 SHUTDOWN_SECONDS: Final = 3.0
-"""How long the end of the process may wait for the database's good-bye, and as long again for spans."""
+"""Seconds that shutdown waits for the database connections to close, and as long again for spans."""
 
 logger = logging.getLogger(__name__)
 

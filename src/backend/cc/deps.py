@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from backend.cc.services.logging import DATABASE_ERRORS, DatabaseError, Record, database_error, deadline, log_l1
 
-_NOT_ASYNCPGS: Final = frozenset(
+_UNSUPPORTED_PARAMETERS: Final = frozenset(
     {
         "channel_binding",
         "connect_timeout",
@@ -78,7 +78,7 @@ class Settings(BaseSettings):
             raise ValueError("is no database URL; several hosts are written ?host=one,two&port=5432,5432") from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
-        if unknown := sorted(_NOT_ASYNCPGS.intersection(url.query)):
+        if unknown := sorted(_UNSUPPORTED_PARAMETERS.intersection(url.query)):
             raise ValueError(f"has parameters that asyncpg does not know: {', '.join(unknown)}")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
@@ -106,7 +106,7 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
             raise asyncpg.ClientCannotConnectError(type(error).__name__) from None
 
     class Connecting:
-        """Connects when it is awaited, and unlike a coroutine may also not be: see `log_l1`'s checkout."""
+        """An awaitable that connects. Unlike a coroutine it may be dropped unawaited, as `log_l1`'s checkout does."""
 
         def __await__(self) -> Generator[Any, None, asyncpg.Connection]:
             return connect().__await__()
@@ -123,12 +123,12 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
         pool_use_lifo=True,
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
-    event.listen(engine.sync_engine, "handle_error", _cut_off)
+    event.listen(engine.sync_engine, "handle_error", _disconnect_after_timeout)
     return engine
 
 
 def create_sessions(settings: Settings) -> async_sessionmaker[AsyncSession]:
-    """Return the maker of the service's sessions, on an engine of their own.
+    """Return the service's session factory, on an engine of their own.
 
     Args:
         settings: See `create_engine`.
@@ -220,7 +220,7 @@ def _refuse_closed(dbapi_connection: Any, *_: object) -> None:
         raise InvalidatePoolError
 
 
-def _cut_off(context: ExceptionContext) -> DatabaseError | None:
+def _disconnect_after_timeout(context: ExceptionContext) -> DatabaseError | None:
     # A statement that timed out: SQLAlchemy passes it on as it is, and would use the connection again.
     if not isinstance(context.original_exception, OSError):
         return None

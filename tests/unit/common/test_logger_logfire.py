@@ -184,7 +184,7 @@ async def _query(database_url: str) -> None:
 def test_flushing_gives_up_in_time_where_the_endpoint_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        # The exporter's own time-out ends the thread that is given up, when the test is over.
+        # The exporter's own timeout ends the thread that is given up, when the test is over.
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
         configure_logfire("cos-cc", otlp=True)
         with trace.get_tracer("test").start_as_current_span("hello"):

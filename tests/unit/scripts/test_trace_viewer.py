@@ -16,7 +16,7 @@ import httpx
 import pytest
 import serve
 import trace_viewer
-from service import free_port
+from loopback import free_port
 
 STUB = """\
 import http.server, os, pathlib

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from backend.cc.deps import LogL1
 from backend.cc.mem0_models import NAME_LENGTH
-from backend.cc.services.logging import TOKENS_MAX, EventRecord, InvalidRecord, PromptRecord, current_trace_id
+from backend.cc.services.logging import TOKENS_MAX, EventRecord, InvalidRecordError, PromptRecord, current_trace_id
 
 
 class TestLogRequest(BaseModel):
@@ -153,7 +153,8 @@ async def json_object(request: Request) -> dict[str, Any]:
     thousands of digits, lone surrogates in an error's input), and repeats the input in its errors.
 
     Raises:
-        RequestValidationError: It is none.
+        RequestValidationError: The body is not one.
+        HTTPException: 400, which nobody reads: the client has left.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -218,8 +219,8 @@ def _records(body: dict[str, Any]) -> tuple[PromptRecord, EventRecord]:
         event_type, payload = extra.pop("event_type", "test_log"), extra.pop("payload", {})
         event = EventRecord(event_type, payload)
         if extra.keys() & payload.keys():
-            raise InvalidRecord("payload", "must not repeat a key that stands beside it")
-    except InvalidRecord as error:
+            raise InvalidRecordError("payload", "must not repeat a key that stands beside it")
+    except InvalidRecordError as error:
         raise _invalid(("body", error.field), str(error)) from None
     return prompt, EventRecord(event.event_type, {**payload, **extra}) if extra else event
 

@@ -86,7 +86,7 @@ _NO_TURNS: Final = contextlib.nullcontext()
 tracer = trace.get_tracer("cos-cc")
 
 
-class InvalidRecord(ValueError):  # noqa: N818 - a ValueError by another name
+class InvalidRecordError(ValueError):
     """A record that is plainly wrong, found when it is built and before anything is written.
 
     Args:
@@ -118,7 +118,7 @@ class PromptRecord:
         tokens_out: Tokens that the model wrote, 0 to 2,147,483,647.
 
     Raises:
-        InvalidRecord: A ValueError that names the field.
+        InvalidRecordError: A ValueError that names the field.
     """
 
     role: str
@@ -129,7 +129,7 @@ class PromptRecord:
     def __post_init__(self) -> None:
         _check_name("role", self.role)
         if not isinstance(self.content, str):
-            raise InvalidRecord("content", "must be a string")
+            raise InvalidRecordError("content", "must be a string")
         _check_tokens("tokens_in", self.tokens_in)
         _check_tokens("tokens_out", self.tokens_out)
 
@@ -148,7 +148,7 @@ class EventRecord:
         payload: What belongs to it. Stored as JSON; see `to_jsonb` for what JSON can't express.
 
     Raises:
-        InvalidRecord: A ValueError that names the field.
+        InvalidRecordError: A ValueError that names the field.
     """
 
     event_type: str
@@ -157,7 +157,7 @@ class EventRecord:
     def __post_init__(self) -> None:
         _check_name("event_type", self.event_type)
         if not isinstance(self.payload, Mapping):
-            raise InvalidRecord("payload", "must be a mapping")
+            raise InvalidRecordError("payload", "must be a mapping")
 
 
 Record = PromptRecord | EventRecord
@@ -187,7 +187,7 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
         DatabaseUnavailableError: The database can't be written to now. The record may still have been
             stored where the connection broke between the commit and its answer.
         DatabaseError: PostgreSQL refused, e.g. because no migration has been run.
-        InvalidRecord: A ValueError: `request_id` is empty or too long.
+        InvalidRecordError: A ValueError: `request_id` is empty or too long.
     """
     if request_id is None:
         request_id = request_id_var.get() or generate_request_id()
@@ -315,19 +315,23 @@ async def _checkout(engine: AsyncEngine) -> PoolProxiedConnection:
 
 def _check_name(field: str, value: str) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= NAME_LENGTH:
-        raise InvalidRecord(field, f"must be a string of 1 to {NAME_LENGTH} characters")
+        raise InvalidRecordError(field, f"must be a string of 1 to {NAME_LENGTH} characters")
 
 
 def _check_tokens(field: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TOKENS_MAX:
-        raise InvalidRecord(field, f"must be an integer of 0 to {TOKENS_MAX}")
+        raise InvalidRecordError(field, f"must be an integer of 0 to {TOKENS_MAX}")
 
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
-    """Return `text` with U+FFFD for what PostgreSQL can't store: NUL and lone surrogates."""
+    """Return `text` with U+FFFD for what PostgreSQL can't store: NUL and lone surrogates.
+
+    Args:
+        text: Any string.
+    """
     if text.isascii() and "\0" not in text:
         return text
     return _UNSTORABLE.sub("\ufffd", text)
@@ -338,13 +342,16 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
 
     NUL and lone surrogates become U+FFFD, in keys too; keys that become equal, as 1 and "1" do, get a
     number; NaN and infinities become null; an integer of more than 4,300 digits hexadecimal text; what
-    JSON can't express (UUID, datetime, Decimal, ...) its usual text, bytes that are not UTF-8 base64
-    (RFC 4648, section 5); what is nested deeper than 128 levels "[nested too deeply]"; what contains
-    itself "[repeated]" inside, and so does, from there on, whatever has been written already; an object
-    that fails to describe itself "[unserializable <its class>]".
+    JSON can't express (UUID, datetime, Decimal, ...) its usual text; bytes that are not UTF-8 base64
+    (RFC 4648, section 5); what is nested deeper than 128 levels "[nested too deeply]". A container
+    inside itself becomes "[repeated]", and from then on so does every container met again; an object
+    that can't be converted "[unserializable <its class>]".
 
     Args:
         payload: Any mapping.
+
+    Returns:
+        The JSON text.
     """
     try:
         text = _dumps(payload)
@@ -366,8 +373,8 @@ class _Cleaner:
     """Makes a payload of what `jsonb` can store. One for each payload."""
 
     def __init__(self) -> None:
-        # By `id`, with the values themselves: a freed one's could be given to another.
-        self.around: dict[int, Any] = {}
+        # Keyed by `id()`. The container is held too, since a freed object's id is reused.
+        self.seen: dict[int, Any] = {}
         self.cyclic = False
 
     def clean(self, value: Any, depth: int = DEPTH_MAX) -> Any:  # noqa: PLR0911 - one for each kind of value
@@ -390,18 +397,18 @@ class _Cleaner:
             return f"[unserializable {type(value).__qualname__}]"
 
     def clean_container(self, value: Any, depth: int) -> Any:
-        if id(value) in self.around:
-            # From here on nothing is written twice. A graph would be walked along every path through it.
+        if id(value) in self.seen:
+            # From here on no container is written twice: a graph would be walked along every path through it.
             self.cyclic = True
             return "[repeated]"
-        self.around[id(value)] = value
+        self.seen[id(value)] = value
         try:
             if isinstance(value, Mapping):
                 return self.clean_mapping(value, depth)
             return [self.clean(item, depth - 1) for item in value]
         finally:
             if not self.cyclic:
-                del self.around[id(value)]
+                del self.seen[id(value)]
 
     def clean_mapping(self, value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         cleaned: dict[str, Any] = {}
@@ -425,7 +432,7 @@ def _clean_integer(value: int) -> int | str:
 def _usual_form(value: Any) -> Any:
     try:
         return to_jsonable_python(value, serialize_unknown=True, bytes_mode="utf8", inf_nan_mode="constants")
-    except ValueError:  # bytes that are no text
+    except ValueError:  # bytes that are not UTF-8; or a cycle, which raises again below
         if isinstance(value, BaseModel):  # which go by a setting of the model's
             return value.model_dump()
         return to_jsonable_python(value, serialize_unknown=True, bytes_mode="base64", inf_nan_mode="constants")

@@ -209,7 +209,7 @@ def test_ids_do_not_leak_between_requests_on_one_connection(
         assert [span.parent_id for span in spans if span.name == "POST /test-log"] == [""]
 
 
-async def test_start_up_connects_to_nothing_and_the_end_is_bounded_in_time(caplog: pytest.LogCaptureFixture) -> None:
+async def test_start_and_end_need_no_database_and_log_nothing(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nothing"))
     async with lifespan(app):
         pass

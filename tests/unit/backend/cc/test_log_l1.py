@@ -37,7 +37,7 @@ from backend.cc.services.logging import (
     DatabaseError,
     DatabaseUnavailableError,
     EventRecord,
-    InvalidRecord,
+    InvalidRecordError,
     PromptRecord,
     Record,
     current_trace_id,
@@ -259,7 +259,7 @@ def test_outside_any_trace_the_current_trace_id_is_zero() -> None:
 def test_a_wrong_record_is_a_value_error_that_names_the_field(build: Callable[[], Record], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be ") as raised:
         build()
-    assert isinstance(raised.value, InvalidRecord)
+    assert isinstance(raised.value, InvalidRecordError)
     assert raised.value.field == field
 
 
@@ -272,17 +272,17 @@ def test_the_bounds_themselves_are_right() -> None:
 async def test_a_wrong_request_id_writes_nothing(
     session: AsyncSession, db: asyncpg.Connection, request_id: str
 ) -> None:
-    with pytest.raises(InvalidRecord, match="^request_id"):
+    with pytest.raises(InvalidRecordError, match="^request_id"):
         await log_l1(session, EVENT, request_id=request_id)
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
 
 
-def test_a_record_can_not_be_changed() -> None:
+def test_a_record_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         PROMPT.role = "assistant"  # type: ignore[misc]
 
 
-# What PostgreSQL can not store never loses a record
+# What PostgreSQL cannot store never loses a record
 
 
 async def test_nul_and_lone_surrogates_become_replacement_characters(
@@ -411,7 +411,7 @@ async def test_what_contains_itself_is_cut_off_where_it_begins_again(
     }
 
 
-def test_a_graph_is_not_walked_along_every_path_through_it() -> None:
+def test_a_cyclic_graph_is_written_once_per_node() -> None:
     nodes: list[dict[str, Any]] = [{"n": n, UUID(int=n): math.nan} for n in range(100)]  # type: ignore[dict-item]
     for node in nodes:
         node["links"] = nodes
@@ -490,7 +490,7 @@ async def test_a_record_in_a_transaction_that_has_failed_says_so(session: AsyncS
     assert not isinstance(raised.value, DatabaseUnavailableError)
 
 
-async def test_a_session_that_can_not_be_used_is_an_error_of_its_own_kind(session: AsyncSession) -> None:
+async def test_a_session_that_cannot_be_used_is_an_error_of_its_own_kind(session: AsyncSession) -> None:
     session.add(BaseLog(id=uuid4()))
     with pytest.raises(Exception, match="null value"):
         await session.flush()
