@@ -3,6 +3,8 @@
 --     ALTER ROLE cc_migrations PASSWORD '...'; ALTER ROLE cc_runtime PASSWORD '...';
 -- Roles belong to the whole server: for its second database leave out the two lines that create them.
 
+BEGIN; -- all of it or nothing
+
 -- Runs the migrations: DATABASE_URL of `alembic upgrade head`. Owns the schema and all that is in it.
 CREATE ROLE cc_migrations LOGIN;
 CREATE SCHEMA mem0_cc AUTHORIZATION cc_migrations;
@@ -13,7 +15,11 @@ GRANT USAGE, CREATE ON SCHEMA public TO cc_migrations;
 -- after a broken connection needs no more: ON CONFLICT DO NOTHING without a target looks at no column.
 CREATE ROLE cc_runtime LOGIN;
 GRANT USAGE ON SCHEMA mem0_cc TO cc_runtime;
+-- PostgreSQL's own default. Where the server's is stricter, concurrent records would refuse each other for nothing.
+ALTER ROLE cc_runtime SET default_transaction_isolation = 'read committed';
 ALTER DEFAULT PRIVILEGES FOR ROLE cc_migrations IN SCHEMA mem0_cc GRANT INSERT ON TABLES TO cc_runtime;
+
+COMMIT;
 
 -- A `downgrade base` drops the schema, and what was granted on it. Before the next upgrade run CREATE SCHEMA, GRANT USAGE
 -- ON SCHEMA mem0_cc and ALTER DEFAULT PRIVILEGES again.

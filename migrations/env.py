@@ -3,11 +3,14 @@
 import asyncio
 
 from alembic import context
+from alembic.util import CommandError
+from pydantic import ValidationError
 from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.exc import SQLAlchemyError
 
 from backend.cc.deps import Settings, create_engine
 from backend.cc.mem0_models import SCHEMA, Base
+from backend.cc.services.logging import database_error
 
 ADVISORY_LOCK = 0x636F735F6363
 """Key of the lock under which migrations run ("cos_cc" in ASCII): of several `upgrade head` at once, one
@@ -50,12 +53,22 @@ def configure(**options: object) -> None:
     )
 
 
-async def migrate_online(engine: AsyncEngine) -> None:
-    """Connect and migrate."""
+async def migrate_online() -> None:
+    """Connect and migrate. What whoever runs it has to mend is said in a line, not in a traceback."""
     try:
-        async with engine.connect() as connection:
-            await connection.run_sync(migrate)
+        engine = create_engine(Settings())
+    except ValidationError as error:
+        raise CommandError(str(error)) from None
+    try:
+        connection = await engine.connect()
+    except SQLAlchemyError as error:
+        raise CommandError(str(database_error(error))) from None
+    try:
+        # Whoever waited for another's migration has to see what it did, whatever the database's default is.
+        await connection.execution_options(isolation_level="READ COMMITTED")
+        await connection.run_sync(migrate)
     finally:
+        await connection.close()
         await engine.dispose()
 
 
@@ -64,4 +77,4 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    asyncio.run(migrate_online(create_engine(Settings())))
+    asyncio.run(migrate_online())

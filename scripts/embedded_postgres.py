@@ -350,7 +350,17 @@ def _leave(cluster: Server, users: int) -> None:
     last = _try_lock(users, fcntl.LOCK_EX)
     fcntl.flock(users, fcntl.LOCK_UN)
     if last:
-        _poll(lambda: _ended(cluster), 10)
+        _poll(lambda: _shared(users) or _ended(cluster), 10)
+
+
+def _shared(users: int) -> bool:
+    """Tell whether somebody uses the cluster by now, for whom it is kept."""
+    if not _try_lock(users, fcntl.LOCK_SH):
+        return False  # its supervisor is ending it
+    try:
+        return not _try_lock(users, fcntl.LOCK_EX)
+    finally:
+        fcntl.flock(users, fcntl.LOCK_UN)
 
 
 def _ended(cluster: Server) -> bool:
@@ -402,8 +412,8 @@ def _socket_directory(home: Path) -> Path:
     inside = home / "socket"
     if len(os.fsencode(inside / _SOCKET)) <= _SUN_PATH and re.fullmatch(r"[A-Za-z0-9._/-]+", str(inside)):
         return inside
-    # Not the directory of TMPDIR, which two users of one cluster may see differently.
-    return Path(f"/tmp/cos-cc-{os.geteuid()}-{_digest(home)}")  # noqa: S108  # nosec B108 - owner and mode are checked
+    # Not the directory of TMPDIR, which two users of one cluster may see differently. Owner and mode are checked.
+    return Path(f"/tmp/cos-cc-{os.geteuid()}-{_digest(home)}")  # noqa: S108  # nosec B108
 
 
 def _pginstall() -> Path:

@@ -390,6 +390,8 @@ TRACE_ID = b"0af7651916cd43dd8448eb211c80319c"
         pytest.param([(b"traceparent", b"00-" + TRACE_ID + b"-b7ad6b7169203331-01")] * 2, id="two traceparents"),
         pytest.param([(b"traceparent", b"00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-00")], id="traceparent of zeros"),
         pytest.param([(b"traceparent", b"\xff" * 1000)], id="traceparent of bytes"),
+        pytest.param([(b"traceparent", b"\\x\xff")], id="traceparent of a broken escape"),
+        pytest.param([(b"User-Agent", b"\\N\xff")], id="User-Agent of a broken escape"),
         pytest.param([(b"tracestate", b"a=1," * 5000)], id="20 kB of tracestate"),
         pytest.param([(b"baggage", b"request_id=EVIL,mem0.record_id=EVIL,layer=EVIL")], id="baggage"),
         pytest.param([(b"baggage", b",".join(b"k%d=v" % i for i in range(2000)))], id="2,000 entries of baggage"),
@@ -399,7 +401,7 @@ TRACE_ID = b"0af7651916cd43dd8448eb211c80319c"
     ],
 )
 def test_hostile_headers_change_nothing(abused: Abused, headers: list[tuple[bytes, bytes]]) -> None:
-    """Break: `distributed_tracing=` of `logfire.configure` (logger_logfire.py)."""
+    """Break: `distributed_tracing=` of `logfire.configure`, or `asgi._decode_header_item` (logger_logfire.py)."""
     answer = abused.send(b"{}", JSON, *headers)
     assert answer.status == 200
     for row in base_rows(abused, answer):

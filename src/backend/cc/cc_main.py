@@ -12,10 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from opentelemetry.sdk.trace import SpanProcessor
 
-from backend.cc.deps import Settings, create_sessions
+from backend.cc.deps import Settings, configure_tracing, create_sessions
 from backend.cc.routers import debug_router
 from backend.cc.services.logging import DatabaseUnavailableError
-from common.logger_logfire import configure_logfire, flush_logfire, instrument_fastapi
+from common.logger_logfire import flush_logfire, instrument_fastapi
 from common.request_id_middleware import RequestIDMiddleware
 
 SERVICE_NAME: Final = "cos-cc"
@@ -34,17 +34,7 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         settings: Its configuration.
         span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
     """
-    token = settings.logfire_token
-    configure_logfire(
-        SERVICE_NAME,
-        token=token.get_secret_value() if token else None,
-        environment=settings.logfire_environment,
-        otlp=bool(settings.otel_exporter_otlp_endpoint or settings.otel_exporter_otlp_traces_endpoint),
-        console=settings.logfire_console,
-        trace_sql=settings.cc_trace_sql,
-        distributed_tracing=settings.cc_distributed_tracing,
-        span_processors=span_processors,
-    )
+    configure_tracing(settings, SERVICE_NAME, span_processors=span_processors)
     app = FastAPI(
         title="COS Control Center",
         lifespan=lifespan,
@@ -62,7 +52,8 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
     instrument_fastapi(app)
     # Around the finished stack, not `add_middleware`: that puts it inside the error handling and the
     # tracing, and a 500 would have no id.
-    app.middleware_stack = RequestIDMiddleware(app.build_middleware_stack())
+    build_inner_stack = app.build_middleware_stack
+    app.build_middleware_stack = lambda: RequestIDMiddleware(build_inner_stack())  # type: ignore[method-assign]
     return app
 
 

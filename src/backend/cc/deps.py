@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Generator
+from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
 from typing import Annotated, Any, Final, Protocol
 from uuid import UUID
 
 import asyncpg
-from fastapi import Depends, Request
+from fastapi import Depends
+from fastapi.requests import HTTPConnection
+from opentelemetry.sdk.trace import SpanProcessor
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import ExceptionContext, event, make_url
@@ -16,6 +18,7 @@ from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.cc.services.logging import DATABASE_ERRORS, DatabaseError, Record, database_error, deadline, log_l1
+from common.logger_logfire import configure_logfire
 
 _UNSUPPORTED_PARAMETERS: Final = frozenset(
     {
@@ -33,6 +36,11 @@ _UNSUPPORTED_PARAMETERS: Final = frozenset(
 )
 """Parameters of a URL that libpq or SQLAlchemy know. asyncpg would take them for settings of the server, and every
 connection would be refused."""
+
+
+_URL_HINT: Final = (
+    "is no database URL. In a password @ : / are written %40 %3A %2F; several hosts ?host=one,two&port=5432,5432"
+)
 
 
 class Settings(BaseSettings):
@@ -75,12 +83,33 @@ class Settings(BaseSettings):
         try:
             url = make_url(value.get_secret_value().strip())
         except (ArgumentError, ValueError):
-            raise ValueError("is no database URL; several hosts are written ?host=one,two&port=5432,5432") from None
+            raise ValueError(_URL_HINT) from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
         if unknown := sorted(_UNSUPPORTED_PARAMETERS.intersection(url.query)):
             raise ValueError(f"has parameters that asyncpg does not know: {', '.join(unknown)}")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
+
+
+def configure_tracing(settings: Settings, service_name: str, *, span_processors: Sequence[SpanProcessor] = ()) -> None:
+    """Start tracing for this process, with Logfire or any OTLP backend, as the settings say.
+
+    Args:
+        settings: Where spans go, and which are made.
+        service_name: The OpenTelemetry `service.name`, 1 character or more.
+        span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
+    """
+    token = settings.logfire_token
+    configure_logfire(
+        service_name,
+        token=token.get_secret_value() if token else None,
+        environment=settings.logfire_environment,
+        otlp=bool(settings.otel_exporter_otlp_endpoint or settings.otel_exporter_otlp_traces_endpoint),
+        console=settings.logfire_console,
+        trace_sql=settings.cc_trace_sql,
+        distributed_tracing=settings.cc_distributed_tracing,
+        span_processors=span_processors,
+    )
 
 
 def create_engine(settings: Settings, *, command_timeout: float | None = None) -> AsyncEngine:
@@ -137,20 +166,28 @@ def create_sessions(settings: Settings) -> async_sessionmaker[AsyncSession]:
     # The bound of an endpoint's own queries, and of the rollback after them: a server that hangs hangs there too.
     engine = create_engine(settings, command_timeout=timeout)
     turns = asyncio.Semaphore(settings.cc_db_pool_size)
-    return async_sessionmaker(engine, expire_on_commit=False, info={"timeout": timeout, "turns": turns})
+    return async_sessionmaker(
+        engine,
+        expire_on_commit=False,
+        # Closed is closed: a query after the end of the request, in a background task or while the answer is
+        # streamed, would begin a transaction that nobody commits, and records would join it.
+        close_resets_only=False,
+        info={"timeout": timeout, "turns": turns},
+    )
 
 
-async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
-    """Yield the request's session; commit what is open on it before the answer is sent.
+async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
+    """Yield the session of the request, or of the WebSocket; commit what is open on it before the answer is sent.
 
     Nothing is opened for a request that never uses it. A transaction that an earlier query began is
-    committed too, and the records that joined it with it; on an error it is rolled back.
+    committed too, and the records that joined it with it; on an error it is rolled back. Afterwards, in a
+    background task or while the answer is streamed, `log_l1` still commits, and a query is an InvalidRequestError.
 
     Raises:
         DatabaseUnavailableError: Also when the commit fails: then no answer has been sent.
         DatabaseError: The same where the database is there and refuses.
     """
-    session: AsyncSession = request.app.state.sessions()
+    session: AsyncSession = connection.app.state.sessions()
     try:
         yield session
         if session.in_transaction():
@@ -161,8 +198,11 @@ async def get_db_session(request: Request) -> AsyncIterator[AsyncSession]:
     finally:
         if session.in_transaction():
             # Shielded: cancelled again meanwhile, the rollback would break off, and take the connection with it.
-            with contextlib.suppress(DatabaseError):
+            # On a connection that is dead there is nothing to roll back, and the answer stays what it is.
+            with contextlib.suppress(DatabaseError, SQLAlchemyError):
                 await asyncio.shield(session.close())
+        else:
+            session.sync_session.close()  # there is nothing to wait for
 
 
 async def _commit(session: AsyncSession) -> None:

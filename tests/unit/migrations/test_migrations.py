@@ -62,6 +62,8 @@ async def test_check_finds_drift_of_our_own(database_url: str, drift: str) -> No
 
 
 async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> None:
+    name = make_url(empty_database_url).database
+    await execute(empty_database_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
     with ThreadPoolExecutor(4) as threads:
         for result in threads.map(lambda _: run_alembic(empty_database_url, "upgrade", "head"), range(4)):
             assert_done(result)
@@ -88,9 +90,26 @@ async def test_downgrade_takes_nothing_that_is_not_ours(database_url: str) -> No
 
 @pytest.mark.parametrize("password", ["p@ss/w:rd", "100%", "%40", "ü#?&=+ "])
 async def test_odd_characters_in_the_password_are_no_problem(database_url: str, password: str) -> None:
-    # That it arrives is shown by a server that has none of this name: an address read wrongly would be
+    # That it arrives is shown by a server that has nobody of this name: an address read wrongly would be
     # an error of another kind.
     quoted = database_url.replace("postgres@", f"no_such_role:{quote(password, safe='')}@", 1)
     assert make_url(quoted).password == password
     result = await asyncio.to_thread(run_alembic, quoted, "current")
-    assert 'role "no_such_role" does not exist' in result.stderr
+    assert "SQLSTATE 28000" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://u:secret@127.0.0.1:1/d", "FAILED: the database is unavailable (SQLSTATE 08001)"),
+        ("mysql://u:secret@h/d", "must begin with postgres://"),
+        ("", "Field required"),
+    ],
+)
+def test_what_has_to_be_mended_is_said_in_a_line(url: str, said: str) -> None:
+    failed = run_alembic(url, "upgrade", "head")
+    printed = failed.stdout + failed.stderr
+    assert failed.returncode != 0
+    assert said in printed
+    assert "Traceback" not in printed
+    assert "secret" not in printed

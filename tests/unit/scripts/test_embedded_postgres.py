@@ -167,6 +167,24 @@ def test_it_runs_until_the_last_user_has_left(home: Path) -> None:
     assert not Server(home).running()
 
 
+def test_the_last_user_does_not_wait_for_the_end_where_another_has_come(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as other:
+        waited: list[Server] = []
+
+        def come(cluster: Server) -> bool:
+            waited.append(cluster)
+            other.enter_context(server(home))
+            return False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(embedded_postgres, "_ended", come)
+            with server(home):
+                pass
+        assert len(waited) == 1
+
+
 def test_eight_first_starts_at_once_share_one_server() -> None:
     with temporary_home() as home:
         users = [start_user(home, PRINT_START) for _ in range(8)]

@@ -17,7 +17,8 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from sqlalchemy import PoolProxiedConnection
-from sqlalchemy.exc import EmulatedDBAPIException, InvalidRequestError, MissingGreenlet, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, EmulatedDBAPIException, MissingGreenlet, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from uuid_utils.compat import uuid7
 
@@ -65,11 +66,14 @@ statement: no connection, read-only, refused login, no such database, rolled bac
 out of disk or connections, locked, shutting down, failing hardware."""
 
 _HINTS: Final = {
+    "08001": ": nothing answers where DATABASE_URL points",
     "25P02": ": an earlier statement of the transaction has failed",
+    **dict.fromkeys(["28000", "28P01"], ": the user or the password of DATABASE_URL is refused"),
+    "3D000": ": there is no such database",
+    "42501": ": the role lacks a privilege, see docs/roles.sql",
     **dict.fromkeys(["3F000", "42P01", "42703"], ": has `alembic upgrade head` been run?"),
 }
-"""What SQLSTATEs mean that are a mistake of whoever runs or writes the service: a transaction that went on after an
-error; a schema, table or column that is missing."""
+"""What SQLSTATEs mean that are mistakes of whoever runs or writes the service."""
 
 DATABASE_ERRORS: Final = (
     SQLAlchemyError,
@@ -80,6 +84,9 @@ DATABASE_ERRORS: Final = (
     OSError,
 )
 """What a database call raises, by way of SQLAlchemy or from asyncpg and the network directly."""
+
+_CONNECTION_ERRORS: Final = (DBAPIError, DisconnectionError, PoolTimeoutError)
+"""SQLAlchemy's errors that tell of the database, or of the connection to it."""
 
 _NO_TURNS: Final = contextlib.nullcontext()
 
@@ -209,11 +216,16 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
         with trace.use_span(tracer.start_span("log_l1", attributes=attributes), end_on_exit=True) as span:
             trace_id = trace.format_trace_id(span.get_span_context().trace_id)
             base = (record_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id)
-            if isinstance(record, PromptRecord):
-                role, content = clean_text(record.role), clean_text(record.content)
-                await _store(session, INSERT_PROMPT, (*base, role, content, record.tokens_in, record.tokens_out))
-            else:
-                await _store(session, INSERT_EVENT, (*base, event_type, to_jsonb(record.payload)))
+            try:
+                if isinstance(record, PromptRecord):
+                    role, content = clean_text(record.role), clean_text(record.content)
+                    await _store(session, INSERT_PROMPT, (*base, role, content, record.tokens_in, record.tokens_out))
+                else:
+                    await _store(session, INSERT_EVENT, (*base, event_type, to_jsonb(record.payload)))
+            except asyncio.CancelledError:
+                # No error to `use_span`. But the row may be missing, and the span must not look as if it were there.
+                span.set_status(trace.StatusCode.ERROR)
+                raise
     finally:
         request_id_var.reset(id_token)
     return record_id
@@ -236,12 +248,13 @@ def database_error(error: Exception) -> DatabaseError:
     cause = getattr(error, "orig", None) or error
     sqlstate: str | None = getattr(cause, "sqlstate", None)
     if sqlstate is None:
-        if isinstance(error, InvalidRequestError):
-            return DatabaseError(f"the session can't be used ({type(error).__name__})")
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, _CONNECTION_ERRORS):
+            # SQLAlchemy's own, before the database is asked: a closed session, a parameter that is not given.
+            return DatabaseError(f"the session can't do this ({type(cause).__name__})")
         return DatabaseUnavailableError(f"the database is unavailable ({type(cause).__name__})")
     hint = _HINTS.get(sqlstate, "")
-    if sqlstate[:2] in _UNAVAILABLE and not hint:
-        return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {sqlstate})")
+    if sqlstate[:2] in _UNAVAILABLE and sqlstate != "25P02":
+        return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {sqlstate}){hint}")
     return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {sqlstate}){hint}")
 
 
@@ -285,8 +298,9 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[A
         try:
             await driver.execute(statement, *values)
         except BaseException as error:
-            if not isinstance(error, asyncpg.PostgresError):
-                # Cancelled, timed out, cut off: what the connection is in the middle of is unknown.
+            if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.InvalidSQLStatementNameError):
+                # Cancelled, timed out, cut off: what the connection is in the middle of is unknown. Or somebody has
+                # dropped the prepared statements that asyncpg believes to be there (DISCARD ALL).
                 # Not closed politely, since a server that hangs would be waited for.
                 driver.terminate()
             died = driver.is_closed()

@@ -3,12 +3,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -143,6 +143,33 @@ async def test_every_answer_says_the_request_id_exactly_once_and_every_span_has_
     assert len([span for span in spans if span.kind is SpanKind.SERVER]) == 1
 
 
+async def test_what_is_added_to_the_application_later_counts(
+    app: FastAPI, client: httpx.AsyncClient, exporter: InMemorySpanExporter
+) -> None:
+    class TeapotError(Exception):
+        """What only the handler knows of."""
+
+    @app.exception_handler(TeapotError)
+    async def teapot(*_: object) -> Response:
+        return Response(status_code=418)
+
+    @app.middleware("http")
+    async def add_header(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers["x-inner"] = request.state.request_id
+        return response
+
+    @app.get("/teapot")
+    async def brew() -> None:
+        raise TeapotError
+
+    response = await client.get("/teapot", headers={"x-request-id": "mine"})
+    assert response.status_code == 418
+    assert response.headers["x-inner"] == response.headers["x-request-id"] == "mine"
+    (server,) = exporter.get_finished_spans()
+    assert attributes(server)["request_id"] == "mine"
+
+
 async def test_an_unreachable_database_is_a_503_that_says_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(Settings(database_url="postgresql://someone:secret@127.0.0.1:1/somewhere"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
@@ -151,7 +178,8 @@ async def test_an_unreachable_database_is_a_503_that_says_nothing_of_it(caplog: 
     assert response.headers["retry-after"] == "5"
     assert response.headers.get_list("x-request-id") == ["mine"]
     assert response.json() == {"detail": "The database is unavailable.", "request_id": "mine"}
-    assert caplog.messages[-1] == "POST mine: the database is unavailable (SQLSTATE 08001)"
+    assert caplog.messages[-1].startswith("POST mine: the database is unavailable (SQLSTATE 08001): nothing answers")
+    assert "secret" not in caplog.text
 
 
 async def test_a_callers_baggage_and_traceparent_are_not_trusted(

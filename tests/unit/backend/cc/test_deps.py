@@ -1,15 +1,18 @@
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 
 import anyio
 import asyncpg
 import httpx
 import pytest
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Executable, bindparam, select, text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from starlette.types import Message
 
 from backend.cc.cc_main import create_app
 from backend.cc.deps import DBSession, LogL1, Settings, create_engine, get_db_session
@@ -78,45 +81,92 @@ def test_no_secret_shows_when_settings_are_printed() -> None:
     assert "secret" not in f"{settings!r} {settings} {settings.model_dump_json()} {engine!r} {engine.url!r}"
 
 
+router = APIRouter()
+
+REFUSED: list[Executable] = [text("SELECT :x"), select(bindparam("x", required=True))]
+
+
+@router.post("/records")
+async def records(log_l1: LogL1) -> str:
+    return str(await log_l1(PromptRecord("user", "hello")))
+
+
+@router.post("/after-a-query")
+async def after_a_query(session: DBSession, log_l1: LogL1) -> str:
+    await session.execute(text("SELECT 1"))
+    return str(await log_l1(EVENT))
+
+
+@router.post("/after-an-error")
+async def after_an_error(session: DBSession, log_l1: LogL1) -> None:
+    await session.execute(text("SELECT 1"))
+    await log_l1(EVENT)
+    raise HTTPException(418)
+
+
+@router.post("/ignoring-an-error")
+async def ignoring_an_error(session: DBSession, log_l1: LogL1) -> None:
+    await session.execute(text("SELECT 1"))
+    await log_l1(EVENT)
+    with contextlib.suppress(DBAPIError):
+        await session.execute(text("SELECT 1 / 0"))
+
+
+@router.post("/failing-commit")
+async def failing_commit(session: DBSession) -> str:
+    await session.execute(text("INSERT INTO checked_at_commit VALUES (0)"))
+    return "done"
+
+
+@router.post("/failing-query")
+async def failing_query(session: DBSession) -> None:
+    await session.execute(text("SELECT * FROM nowhere WHERE x = :x"), {"x": "secret"})
+
+
+@router.post("/failing-query/{number}")
+async def failing_in_sqlalchemy(number: int, session: DBSession) -> None:
+    await session.execute(REFUSED[number])
+
+
+@router.post("/killed")
+async def killed(session: DBSession) -> None:
+    pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+    async with session.bind.connect() as other:  # type: ignore[union-attr]
+        await other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    raise HTTPException(404)
+
+
+@router.post("/streamed")
+async def streamed(session: DBSession, log_l1: LogL1, *, begin: bool) -> StreamingResponse:
+    if begin:
+        await session.execute(text("SELECT 1"))
+
+    async def stream() -> AsyncIterator[str]:
+        try:
+            await session.execute(text("SELECT 1"))
+        except InvalidRequestError:
+            yield "closed "
+        yield str(await log_l1(EVENT))
+
+    return StreamingResponse(stream())
+
+
+@router.websocket("/socket")
+async def socket(websocket: WebSocket, log_l1: LogL1) -> None:
+    await websocket.accept()
+    await websocket.send_text(str(await log_l1(EVENT)))
+    await websocket.close()
+
+
+@router.post("/own-timeout")
+async def own_timeout(_: DBSession) -> None:
+    raise TimeoutError
+
+
 @pytest.fixture
 def app(settings: Settings) -> FastAPI:
     app = create_app(settings)
-
-    @app.post("/records")
-    async def records(log_l1: LogL1) -> str:
-        return str(await log_l1(PromptRecord("user", "hello")))
-
-    @app.post("/after-a-query")
-    async def after_a_query(session: DBSession, log_l1: LogL1) -> str:
-        await session.execute(text("SELECT 1"))
-        return str(await log_l1(EVENT))
-
-    @app.post("/after-an-error")
-    async def after_an_error(session: DBSession, log_l1: LogL1) -> None:
-        await session.execute(text("SELECT 1"))
-        await log_l1(EVENT)
-        raise HTTPException(418)
-
-    @app.post("/ignoring-an-error")
-    async def ignoring_an_error(session: DBSession, log_l1: LogL1) -> None:
-        await session.execute(text("SELECT 1"))
-        await log_l1(EVENT)
-        with contextlib.suppress(DBAPIError):
-            await session.execute(text("SELECT 1 / 0"))
-
-    @app.post("/failing-commit")
-    async def failing_commit(session: DBSession) -> str:
-        await session.execute(text("INSERT INTO checked_at_commit VALUES (0)"))
-        return "done"
-
-    @app.post("/failing-query")
-    async def failing_query(session: DBSession) -> None:
-        await session.execute(text("SELECT * FROM nowhere WHERE x = :x"), {"x": "secret"})
-
-    @app.post("/own-timeout")
-    async def own_timeout(_: DBSession) -> None:
-        raise TimeoutError
-
+    app.include_router(router)
     return app
 
 
@@ -180,6 +230,42 @@ async def test_a_query_that_fails_is_a_500_that_says_nothing_of_it(client: httpx
     assert (response.status_code, response.text) == (500, "Internal Server Error")
 
 
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+async def test_a_query_that_sqlalchemy_refuses_is_a_500_too(client: httpx.AsyncClient, number: int) -> None:
+    """It would fail the next time as well."""
+    assert (await client.post(f"/failing-query/{number}")).status_code == 500
+
+
+async def test_the_answer_stays_what_it_is_where_the_connection_has_died(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/killed")).status_code == 404
+
+
+@pytest.mark.parametrize("begin", [False, True])
+async def test_after_the_end_of_the_request_a_record_is_committed_and_a_query_refused(
+    client: httpx.AsyncClient, db: asyncpg.Connection, *, begin: bool
+) -> None:
+    """A transaction that it began would be nobody's, and the record with it."""
+    closed, record_id = (await client.post("/streamed", params={"begin": begin})).text.split()
+    assert closed == "closed"
+    assert await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", record_id)
+
+
+async def test_a_websocket_can_log_too(app: FastAPI, db: asyncpg.Connection) -> None:
+    received = [{"type": "websocket.connect"}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return received.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app({"type": "websocket", "path": "/socket", "headers": [], "query_string": b""}, receive, send)
+    accepted, said, _ = sent
+    (request_id,) = [value.decode() for name, value in accepted["headers"] if name == b"x-request-id"]
+    assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log WHERE id = $1", said["text"]) == request_id
+
+
 async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too() -> None:
     app = create_app(Settings(database_url="postgresql://u:secret@127.0.0.1:1/d"))
 
@@ -191,6 +277,15 @@ async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too()
         response = await client.post("/querying")
     assert response.status_code == 503
     assert response.headers["retry-after"] == "5"
+
+
+async def test_a_full_pool_is_a_503_for_an_endpoints_own_query_too(database_url: str) -> None:
+    app = create_app(Settings(database_url=database_url, cc_db_pool_size=1, cc_db_timeout_seconds=0.2))
+    app.include_router(router)
+    engine = app.state.sessions.kw["bind"]
+    async with engine.connect(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        assert (await client.post("/after-a-query")).status_code == 503
+    await engine.dispose()
 
 
 async def test_an_endpoints_own_timeout_is_not_the_databases(client: httpx.AsyncClient) -> None:

@@ -21,6 +21,7 @@ import uvloop
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
 from pytest_benchmark.fixture import BenchmarkFixture
 from sqlalchemy import text
@@ -513,7 +514,9 @@ async def test_an_unreachable_database_is_unavailable_and_its_address_stays_out_
     async with sessions() as session:
         with pytest.raises(DatabaseUnavailableError) as raised:
             await log_l1(session, EVENT)
-    assert str(raised.value) == "the database is unavailable (SQLSTATE 08001)"
+    assert (
+        str(raised.value) == "the database is unavailable (SQLSTATE 08001): nothing answers where DATABASE_URL points"
+    )
     assert raised.value.__suppress_context__
 
 
@@ -572,6 +575,16 @@ async def test_a_connection_that_died_unnoticed_costs_nothing(
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = $1", record_id) == 1
 
 
+@pytest.mark.parametrize("statement", ["DISCARD ALL", "DEALLOCATE ALL"])
+async def test_statements_that_somebody_has_dropped_are_prepared_anew(sessions: Sessions, statement: str) -> None:
+    async with sessions() as session:
+        await log_l1(session, EVENT)
+        async with sessions.kw["bind"].connect() as connection:  # the same, where it idles
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text(statement))
+        await log_l1(session, EVENT)
+
+
 async def test_a_record_whose_acknowledgement_was_lost_is_stored_once(
     session: AsyncSession, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,6 +634,19 @@ async def test_a_call_is_bounded_in_time_and_its_connection_replaced(database_ur
                 await log_l1(session, EVENT)
     async with sessions() as session:
         await log_l1(session, EVENT)
+    await sessions.kw["bind"].dispose()
+
+
+async def test_the_span_of_a_cancelled_call_does_not_look_like_a_success(
+    database_url: str, db: asyncpg.Connection, spans: InMemorySpanExporter
+) -> None:
+    sessions = create_sessions(Settings(database_url=database_url))
+    async with sessions() as session, db.transaction():
+        await db.execute("LOCK TABLE mem0_cc.base_log")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(log_l1(session, EVENT), 0.2)
+    (span,) = [span for span in spans.get_finished_spans() if span.name == "log_l1"]
+    assert span.status.status_code is StatusCode.ERROR
     await sessions.kw["bind"].dispose()
 
 
