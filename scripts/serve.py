@@ -22,7 +22,7 @@ def serve(port: int, arguments: list[str]) -> None:
         port: Where to listen on the loopback interface.
         arguments: More of uvicorn's.
     """
-    require_free(port, "PORT=8001 ./scripts/serve")
+    require_free(port, f"PORT={port + 1} ./scripts/serve")
     url = os.environ.get("DATABASE_URL")
     with contextlib.nullcontext(url) if url else server() as database_url:
         os.environ["DATABASE_URL"] = database_url

@@ -346,7 +346,7 @@ def machine(database_url: str) -> str:
 
 def main() -> int:
     """Measure and print. Returns the process's exit code: 0 if every metric is reached."""
-    parser = argparse.ArgumentParser(description="Measure the sprint's success metrics.")
+    parser = argparse.ArgumentParser(prog="scripts/sprint1_metrics", description="Measure the success metrics.")
     parser.add_argument("--requests", type=int, default=5_000, help="requests of the load (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=4_000, help="calls of log_l1 to time (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help=f"also put the table into {RESULTS.relative_to(ROOT)}")

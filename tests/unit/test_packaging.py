@@ -18,5 +18,8 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
-    assert packed == modules
+    source = {
+        str(path.relative_to(ROOT / "src")) for kind in ("*.py", "py.typed") for path in (ROOT / "src").rglob(kind)
+    }
+    assert packed == source
+    assert {"backend/py.typed", "common/py.typed"} <= packed

@@ -2,14 +2,18 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import asyncpg
 import httpx
 import pytest
 from conftest import ROOT
 from fastapi import APIRouter, FastAPI
+from otlp_receiver import otlp_receiver
+from service import running_service
 
 from backend.cc.deps import Settings
 
@@ -37,17 +41,28 @@ async def test_the_endpoint_of_the_readme_writes_what_it_says(
 
 
 async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, db: asyncpg.Connection) -> None:
-    printed = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
-        [sys.executable, "-W", "error", "-c", blocks("python")[1]],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "DATABASE_URL": database_url},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    environment = {"PYTHONPATH": str(ROOT / "src"), "DATABASE_URL": database_url}
+    with otlp_receiver() as receiver:
+        printed = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
+            [sys.executable, "-W", "error", "-c", blocks("python")[1]],
+            env={**os.environ, **environment, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     assert (
         await db.fetchval("SELECT event_type FROM mem0_cc.event_log WHERE base_log_id = $1", printed) == "job.finished"
     )
-    assert int(await db.fetchval("SELECT trace_id FROM mem0_cc.base_log WHERE id = $1", printed), 16) > 0
+    (span,) = [span for span in receiver.spans if span.name == "log_l1"]
+    assert span.resource["service.name"] == "nightly-job"
+    assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log WHERE id = $1", printed) == span.trace_id
+
+
+def test_the_uvicorn_line_of_the_readme_serves(database_url: str, tmp_path: Path) -> None:
+    (line,) = re.findall(r"^uvicorn backend.cc.cc_main:app (.*?) +#", README, re.DOTALL | re.MULTILINE)
+    options = shlex.split(line.replace("\\\n", "").replace("0.0.0.0", "127.0.0.1"))  # noqa: S104 - not listened on
+    with running_service(database_url, tmp_path / "log", *options) as service:
+        assert httpx.post(f"{service.url}/test-log", json={}).status_code == 200
 
 
 async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(client: httpx.AsyncClient) -> None:
@@ -61,9 +76,10 @@ async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(
 
 
 def test_the_configuration_table_is_the_settings() -> None:
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|none.*?) \| (.+) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|none.*?) \| `(.+?)` \| .+ \|$", README, re.MULTILINE)
     described = {name.lower(): default for name, default, _ in rows}
     assert described.keys() == Settings.model_fields.keys()
+    Settings(**{name.lower(): example for name, _, example in rows})
     for name, default in described.items():
         value = Settings.model_fields[name].default
         expected = "" if Settings.model_fields[name].is_required() or value is None else str(value)
