@@ -7,9 +7,11 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect, status
 from fastapi.exceptions import RequestValidationError
+from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse
+from fastapi.websockets import WebSocketState
 from opentelemetry.sdk.trace import SpanProcessor
 
 from backend.cc.deps import Settings, configure_tracing, create_sessions
@@ -45,7 +47,7 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.sessions = create_sessions(settings)
-    app.add_exception_handler(DatabaseUnavailableError, database_unavailable)
+    app.add_exception_handler(DatabaseUnavailableError, database_unavailable)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, invalid_request)  # type: ignore[arg-type]
     if settings.cc_debug_routes:
         app.include_router(debug_router.router)
@@ -72,11 +74,16 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
 
 
-async def database_unavailable(request: Request, error: Exception) -> JSONResponse:
-    """Answer 503: nothing is wrong with the request, and trying again soon may help."""
-    logger.warning("%s %s: %s", request.method, request.state.request_id, error)
+async def database_unavailable(connection: HTTPConnection, error: Exception) -> JSONResponse | None:
+    """Answer 503: nothing is wrong with the request, and trying again soon may help. Close a WebSocket that is open."""
+    request_id = connection.state.request_id
+    logger.warning("%s %s: %s", connection.scope.get("method", "WebSocket"), request_id, error)
+    if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # closed already
+            await connection.close(status.WS_1013_TRY_AGAIN_LATER)
+        return None
     return JSONResponse(
-        {"detail": "The database is unavailable.", "request_id": request.state.request_id},
+        {"detail": "The database is unavailable.", "request_id": request_id},
         status_code=503,
         headers={"Retry-After": "5"},
     )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from typing import Annotated, Any, Final, Protocol
 from uuid import UUID
 
@@ -14,29 +14,46 @@ from opentelemetry.sdk.trace import SpanProcessor
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import ExceptionContext, event, make_url
-from sqlalchemy.exc import ArgumentError, InvalidatePoolError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from backend.cc.services.logging import DATABASE_ERRORS, DatabaseError, Record, database_error, deadline, log_l1
+from backend.cc.services.logging import (
+    DATABASE_ERRORS,
+    DatabaseError,
+    DatabaseUnavailableError,
+    Record,
+    database_error,
+    deadline,
+    log_l1,
+)
 from common.logger_logfire import configure_logfire
 
 _UNSUPPORTED_PARAMETERS: Final = frozenset(
     {
         "channel_binding",
         "connect_timeout",
+        "fallback_application_name",
+        "gssdelegation",
         "gssencmode",
+        "hostaddr",
         "keepalives",
         "keepalives_count",
         "keepalives_idle",
         "keepalives_interval",
+        "load_balance_hosts",
         "prepared_statement_cache_size",
+        "require_auth",
+        "requirepeer",
         "ssl",
+        "sslcertmode",
+        "sslcompression",
+        "sslcrldir",
+        "sslsni",
         "tcp_user_timeout",
     }
 )
 """Parameters of a URL that libpq or SQLAlchemy know. asyncpg would take them for settings of the server, and every
 connection would be refused."""
-
 
 _URL_HINT: Final = (
     "is no database URL. In a password @ : / are written %40 %3A %2F; several hosts ?host=one,two&port=5432,5432"
@@ -129,9 +146,9 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
                 command_timeout=command_timeout,
                 connection_class=_Connection,
             )
-        except (OSError, UnicodeError) as error:
-            # Refused, timed out, no such host, not even a host's name: made an error of the database's, which
-            # SQLAlchemy wraps like any other. Its own text would name the address.
+        except (OSError, ValueError, LookupError, AttributeError, BufferError) as error:
+            # Refused, timed out, no such host, not even a host's name, a peer that talks something else: made an error
+            # of the database's, which SQLAlchemy wraps like any other. Its own text would name the address.
             raise asyncpg.ClientCannotConnectError(type(error).__name__) from None
 
     class Connecting:
@@ -151,8 +168,8 @@ def create_engine(settings: Settings, *, command_timeout: float | None = None) -
         # The last one returned goes out first: warm, and where it died, the one that reconnects.
         pool_use_lifo=True,
     )
-    event.listen(engine.sync_engine, "checkout", _refuse_closed)
-    event.listen(engine.sync_engine, "handle_error", _disconnect_after_timeout)
+    event.listen(engine.sync_engine, "checkout", _refuse_unusable)
+    event.listen(engine.sync_engine, "handle_error", _handle_error)
     return engine
 
 
@@ -184,8 +201,8 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
     background task or while the answer is streamed, `log_l1` still commits, and a query is an InvalidRequestError.
 
     Raises:
-        DatabaseUnavailableError: Also when the commit fails: then no answer has been sent.
-        DatabaseError: The same where the database is there and refuses.
+        DatabaseUnavailableError: A query or the commit has failed, and may work later. No answer has been sent.
+        DatabaseError: PostgreSQL refused one of them.
     """
     session: AsyncSession = connection.app.state.sessions()
     try:
@@ -195,6 +212,12 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
     except SQLAlchemyError as error:
         # An endpoint's own query. Not left to whoever catches it: its text repeats the row.
         raise database_error(error) from None
+    except ExceptionGroup as group:
+        # Of a TaskGroup. Where all of it is the database's, the gravest of it is what has happened.
+        ours, others = group.split((SQLAlchemyError, DatabaseError))
+        if ours is None or others is not None:
+            raise
+        raise min(_database_errors(ours), key=lambda error: isinstance(error, DatabaseUnavailableError)) from None
     finally:
         if session.in_transaction():
             # Shielded: cancelled again meanwhile, the rollback would break off, and take the connection with it.
@@ -203,6 +226,14 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
                 await asyncio.shield(session.close())
         else:
             session.sync_session.close()  # there is nothing to wait for
+
+
+def _database_errors(group: ExceptionGroup[Exception]) -> Iterator[DatabaseError]:
+    for error in group.exceptions:
+        if isinstance(error, ExceptionGroup):
+            yield from _database_errors(error)
+        else:
+            yield error if isinstance(error, DatabaseError) else database_error(error)
 
 
 async def _commit(session: AsyncSession) -> None:
@@ -253,16 +284,23 @@ async def _committed(execution: Awaitable[str]) -> str:
     return status
 
 
-def _refuse_closed(dbapi_connection: Any, *_: object) -> None:
-    # A server that restarts closes every connection. asyncpg has noticed by now, at no round trip; the
-    # pool then replaces this connection and, as they come up, all that are as old.
-    if dbapi_connection.driver_connection.is_closed():
+def _refuse_unusable(dbapi_connection: Any, *_: object) -> None:
+    driver = dbapi_connection.driver_connection
+    if driver.is_closed():
+        # A server that restarts closes every connection. asyncpg has noticed by now, at no round trip; the
+        # pool then replaces this connection and, as they come up, all that are as old.
         raise InvalidatePoolError
+    if driver.is_in_transaction() or getattr(driver, "_top_xact", None):
+        # Somebody's who has used asyncpg directly, and was cancelled maybe. SQLAlchemy knows nothing of it, and what
+        # is written in it would be acknowledged and lost.
+        driver.terminate()
+        raise DisconnectionError
 
 
-def _disconnect_after_timeout(context: ExceptionContext) -> DatabaseError | None:
-    # A statement that timed out: SQLAlchemy passes it on as it is, and would use the connection again.
-    if not isinstance(context.original_exception, OSError):
-        return None
-    context.is_disconnect = True
-    return database_error(context.original_exception)
+def _handle_error(context: ExceptionContext) -> DatabaseError | None:
+    error = context.original_exception
+    if getattr(error, "sqlstate", None) == asyncpg.InvalidSQLStatementNameError.sqlstate:
+        # Somebody has dropped the prepared statements that asyncpg believes to be there (DISCARD ALL).
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+    # Of a statement that timed out SQLAlchemy gives up the connection, and passes the error on as it is.
+    return database_error(error) if isinstance(error, OSError) else None

@@ -17,7 +17,14 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from sqlalchemy import PoolProxiedConnection
-from sqlalchemy.exc import DBAPIError, DisconnectionError, EmulatedDBAPIException, MissingGreenlet, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    EmulatedDBAPIException,
+    MissingGreenlet,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from uuid_utils.compat import uuid7
@@ -60,10 +67,13 @@ INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload)
 VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
 """Writes a base row and its event."""
 
-_UNAVAILABLE: Final = frozenset({"08", "25", "28", "3D", "40", "53", "55", "57", "58"})
+_UNAVAILABLE: Final = frozenset({"08", "25", "26", "28", "3D", "40", "53", "55", "57", "58"})
 """Classes of SQLSTATE (PostgreSQL manual, appendix A) that tell of the server's condition, not of the
-statement: no connection, read-only, refused login, no such database, rolled back for another's sake,
-out of disk or connections, locked, shutting down, failing hardware."""
+statement: no connection, read-only, prepared statements dropped, refused login, no such database, rolled
+back for another's sake, out of disk or connections, locked, shutting down, failing hardware."""
+
+_REFUSED: Final = frozenset({"25000", "25001", "25P01", "25P02", "55000", "55P02", "58P01"})
+"""SQLSTATEs of those classes that do tell of the statement, e.g. VACUUM in a transaction."""
 
 _HINTS: Final = {
     "08001": ": nothing answers where DATABASE_URL points",
@@ -71,6 +81,7 @@ _HINTS: Final = {
     **dict.fromkeys(["28000", "28P01"], ": the user or the password of DATABASE_URL is refused"),
     "3D000": ": there is no such database",
     "42501": ": the role lacks a privilege, see docs/roles.sql",
+    "55P03": ": somebody else holds a lock",
     **dict.fromkeys(["3F000", "42P01", "42703"], ": has `alembic upgrade head` been run?"),
 }
 """What SQLSTATEs mean that are mistakes of whoever runs or writes the service."""
@@ -176,7 +187,7 @@ async def log_l1(session: AsyncSession, record: Record, *, request_id: str | Non
     Durable when it returns: the row is committed. Where the session is inside a transaction, the
     record joins it instead, and commits or rolls back with it.
 
-    Runs in a span of its own, which gets the record's id in the same step. The row never depends on
+    Runs in a span of its own, which has the record's id from its start. The row never depends on
     the span: sampled out or not exported, it is written all the same.
 
     Args:
@@ -248,12 +259,14 @@ def database_error(error: Exception) -> DatabaseError:
     cause = getattr(error, "orig", None) or error
     sqlstate: str | None = getattr(cause, "sqlstate", None)
     if sqlstate is None:
-        if isinstance(error, SQLAlchemyError) and not isinstance(error, _CONNECTION_ERRORS):
+        # A transaction that goes on after its connection has died (https://sqlalche.me/e/8s2b).
+        died = isinstance(error, PendingRollbackError) and error.code == "8s2b"
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, _CONNECTION_ERRORS) and not died:
             # SQLAlchemy's own, before the database is asked: a closed session, a parameter that is not given.
             return DatabaseError(f"the session can't do this ({type(cause).__name__})")
         return DatabaseUnavailableError(f"the database is unavailable ({type(cause).__name__})")
     hint = _HINTS.get(sqlstate, "")
-    if sqlstate[:2] in _UNAVAILABLE and sqlstate != "25P02":
+    if sqlstate[:2] in _UNAVAILABLE and sqlstate not in _REFUSED:
         return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {sqlstate}){hint}")
     return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {sqlstate}){hint}")
 
@@ -273,8 +286,8 @@ async def _store(session: AsyncSession, statement: str, values: tuple[Any, ...])
             if session.in_transaction():
                 await (await session.connection()).exec_driver_sql(statement, values)
             elif isinstance(session.bind, AsyncEngine):
-                # In turn: of SQLAlchemy's queue whoever comes just then takes the connection, and who waited for it
-                # waits again, behind everybody else.
+                # In turn: when a connection comes back to SQLAlchemy's pool, whoever asks just then takes it, and who
+                # was waiting for it waits again, behind everybody else.
                 async with session.info.get("turns", _NO_TURNS):
                     await _store_autocommit(session.bind, statement, values)
             else:  # bound to one connection, as tests do that roll everything back
@@ -297,6 +310,8 @@ async def _store_autocommit(engine: AsyncEngine, statement: str, values: tuple[A
         driver: asyncpg.Connection = connection.driver_connection
         try:
             await driver.execute(statement, *values)
+            if driver.is_in_transaction():  # somebody's, whose BEGIN was still on its way: not committed
+                raise asyncpg.InterfaceError
         except BaseException as error:
             if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.InvalidSQLStatementNameError):
                 # Cancelled, timed out, cut off: what the connection is in the middle of is unknown. Or somebody has
@@ -367,12 +382,9 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     Returns:
         The JSON text.
     """
-    try:
+    with contextlib.suppress(Exception):  # of a value's own code, anything
         text = _dumps(payload)
         text.encode()
-    except (TypeError, ValueError, RecursionError):
-        pass
-    else:
         # Few payloads need more than these two looks. `[[[` can only be nested as deep as it has brackets.
         if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text

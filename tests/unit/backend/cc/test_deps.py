@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import traceback
 from collections.abc import AsyncIterator
 
 import anyio
@@ -16,7 +17,7 @@ from starlette.types import Message
 
 from backend.cc.cc_main import create_app
 from backend.cc.deps import DBSession, LogL1, Settings, create_engine, get_db_session
-from backend.cc.services.logging import EventRecord, PromptRecord
+from backend.cc.services.logging import DatabaseError, DatabaseUnavailableError, EventRecord, PromptRecord
 
 EVENT = EventRecord("tool.called", {})
 
@@ -136,6 +137,49 @@ async def killed(session: DBSession) -> None:
     raise HTTPException(404)
 
 
+@router.post("/killed-and-caught")
+async def killed_and_caught(session: DBSession, log_l1: LogL1) -> None:
+    pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+    async with session.bind.connect() as other:  # type: ignore[union-attr]
+        await other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    with contextlib.suppress(DatabaseUnavailableError):
+        await log_l1(EVENT)
+
+
+@router.post("/in-tasks")
+async def in_tasks(log_l1: LogL1) -> None:
+    async def nested() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(log_l1(EVENT))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(nested())
+        tasks.create_task(log_l1(EVENT))
+
+
+@router.post("/failing-in-tasks")
+async def failing_in_tasks(session: DBSession) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(session.execute(text("SELECT CAST(CAST(:x AS text) AS int)"), {"x": "secret"}))
+
+
+@router.post("/failing-otherwise-in-tasks")
+async def failing_otherwise_in_tasks(_: DBSession) -> None:
+    raise ExceptionGroup("", [ValueError(), DatabaseUnavailableError()])
+
+
+@router.post("/deallocating")
+async def deallocating(session: DBSession, log_l1: LogL1) -> None:
+    await session.execute(text("SELECT 1"))
+    await log_l1(EVENT)
+    await session.execute(text("DEALLOCATE ALL"))
+
+
+@router.post("/vacuum")
+async def vacuum(session: DBSession) -> None:
+    await session.execute(text("VACUUM"))
+
+
 @router.post("/streamed")
 async def streamed(session: DBSession, log_l1: LogL1, *, begin: bool) -> StreamingResponse:
     if begin:
@@ -156,6 +200,12 @@ async def socket(websocket: WebSocket, log_l1: LogL1) -> None:
     await websocket.accept()
     await websocket.send_text(str(await log_l1(EVENT)))
     await websocket.close()
+
+
+@router.websocket("/early-socket")
+async def early_socket(websocket: WebSocket, log_l1: LogL1) -> None:
+    await log_l1(EVENT)
+    await websocket.accept()
 
 
 @router.post("/own-timeout")
@@ -220,6 +270,7 @@ async def test_a_commit_that_fails_is_never_a_2xx(client: httpx.AsyncClient, db:
 async def test_a_transaction_that_went_on_after_an_error_is_never_a_2xx(
     client: httpx.AsyncClient, db: asyncpg.Connection
 ) -> None:
+    """Break: `connection_class=_Connection` (deps.py)."""
     assert (await client.post("/ignoring-an-error")).status_code == 500
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
     assert (await client.post("/after-a-query")).status_code == 200
@@ -250,7 +301,7 @@ async def test_after_the_end_of_the_request_a_record_is_committed_and_a_query_re
     assert await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", record_id)
 
 
-async def test_a_websocket_can_log_too(app: FastAPI, db: asyncpg.Connection) -> None:
+async def open_socket(app: FastAPI, path: str) -> list[Message]:
     received = [{"type": "websocket.connect"}]
     sent: list[Message] = []
 
@@ -260,8 +311,14 @@ async def test_a_websocket_can_log_too(app: FastAPI, db: asyncpg.Connection) -> 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await app({"type": "websocket", "path": "/socket", "headers": [], "query_string": b""}, receive, send)
-    accepted, said, _ = sent
+    extensions: dict[str, object] = {"websocket.http.response": {}}
+    scope = {"type": "websocket", "path": path, "headers": [], "query_string": b"", "extensions": extensions}
+    await app(scope, receive, send)
+    return sent
+
+
+async def test_a_websocket_can_log_too(app: FastAPI, db: asyncpg.Connection) -> None:
+    accepted, said, _ = await open_socket(app, "/socket")
     (request_id,) = [value.decode() for name, value in accepted["headers"] if name == b"x-request-id"]
     assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log WHERE id = $1", said["text"]) == request_id
 
@@ -277,6 +334,55 @@ async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too()
         response = await client.post("/querying")
     assert response.status_code == 503
     assert response.headers["retry-after"] == "5"
+
+
+@pytest.fixture
+def app_without_database() -> FastAPI:
+    app = create_app(Settings(database_url="postgresql://u:secret@127.0.0.1:1/d"))
+    app.include_router(router)
+    return app
+
+
+async def test_an_unreachable_database_closes_a_websocket_and_asks_to_try_again(app_without_database: FastAPI) -> None:
+    accepted, closed = await open_socket(app_without_database, "/socket")
+    assert (accepted["type"], closed["type"], closed["code"]) == ("websocket.accept", "websocket.close", 1013)
+
+
+async def test_an_unreachable_database_is_a_503_to_a_websockets_handshake(app_without_database: FastAPI) -> None:
+    answer = (await open_socket(app_without_database, "/early-socket"))[0]
+    assert (answer["type"], answer["status"]) == ("websocket.http.response.start", 503)
+    assert [name for name, _ in answer["headers"]].count(b"x-request-id") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/in-tasks", 503), ("/failing-in-tasks", 503), ("/failing-otherwise-in-tasks", 500)]
+)
+async def test_an_unreachable_database_is_a_503_in_a_task_group_too(
+    app_without_database: FastAPI, path: str, expected: int
+) -> None:
+    transport = httpx.ASGITransport(app_without_database, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
+        assert (await client.post(path)).status_code == expected
+
+
+async def test_a_refusal_in_a_task_group_is_an_error_that_says_nothing_of_it(app: FastAPI) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
+        with pytest.raises(DatabaseError, match="SQLSTATE 22") as raised:
+            await client.post("/failing-in-tasks")
+    assert not isinstance(raised.value, DatabaseUnavailableError)
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+async def test_an_outage_that_an_endpoint_has_caught_is_a_503_all_the_same(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/killed-and-caught")).status_code == 503
+
+
+async def test_statements_that_somebody_has_dropped_are_one_503_and_prepared_anew(client: httpx.AsyncClient) -> None:
+    assert [(await client.post("/deallocating")).status_code for _ in range(3)] == [200, 503, 200]
+
+
+async def test_a_statement_in_the_wrong_place_is_a_500(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/vacuum")).status_code == 500
 
 
 async def test_a_full_pool_is_a_503_for_an_endpoints_own_query_too(database_url: str) -> None:

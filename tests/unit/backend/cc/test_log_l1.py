@@ -3,7 +3,7 @@ import contextlib
 import json
 import math
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import FrozenInstanceError, dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -24,13 +24,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
 from pytest_benchmark.fixture import BenchmarkFixture
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
 from wire import counted
 
-from backend.cc.deps import Settings, create_sessions
+from backend.cc.deps import Settings, _refuse_unusable, create_sessions
 from backend.cc.mem0_models import BaseLog, EventLog
 from backend.cc.services.logging import (
     DEPTH_MAX,
@@ -426,6 +426,20 @@ def test_keys_that_are_no_text_are_stored_as_json_writes_them(more: dict[str, An
     assert json.loads(to_jsonb(payload)).items() >= {"2": "a", "null": "b", "true": "c", "1.5": "d"}.items()
 
 
+def test_containers_that_fail_to_be_read_are_named() -> None:
+    class Mapping_(dict[str, int]):  # noqa: N801
+        def items(self) -> Any:
+            raise RuntimeError
+
+    class List(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise RuntimeError
+
+    written = json.loads(to_jsonb({"a": Mapping_(b=1), "b": List([1]), "kept": 1}))
+    assert written["kept"] == 1
+    assert "unserializable" in written["a"]
+
+
 def test_keys_that_json_has_no_words_for_are_stored_as_their_text() -> None:
     assert json.loads(to_jsonb({(1, 2): "a", UUID(int=7): "b"})) == {"[1,2]": "a", str(UUID(int=7)): "b"}  # type: ignore[dict-item]
 
@@ -507,6 +521,7 @@ async def test_a_session_that_cannot_be_used_is_an_error_of_its_own_kind(session
         "postgresql://nobody:secret@name.invalid/nothing",
         "postgresql://nobody:secret@a..b/nothing",
         "postgresql:///nothing?host=/nowhere",
+        "postgresql:///nothing?host=127.0.0.1&port=one",
     ],
 )
 async def test_an_unreachable_database_is_unavailable_and_its_address_stays_out_of_it(url: str) -> None:
@@ -564,15 +579,56 @@ async def backend(session: AsyncSession) -> int:
 
 
 async def test_a_connection_that_died_unnoticed_costs_nothing(
-    session: AsyncSession, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+    sessions: Sessions, session: AsyncSession, db: asyncpg.Connection
 ) -> None:
     await log_l1(session, EVENT)
     pid = await backend(session)
     # The moment between the look at the connection and its use: it looks open, and is not any more.
-    monkeypatch.setattr("backend.cc.deps._refuse_closed", lambda *_: None)
+    event.remove(sessions.kw["bind"].sync_engine, "checkout", _refuse_unusable)
     await db.execute("SELECT pg_terminate_backend($1)", pid)
     record_id = await log_l1(session, EVENT)
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = $1", record_id) == 1
+
+
+async def leave_begun(driver: asyncpg.Connection) -> None:
+    await driver.execute("BEGIN")
+
+
+async def leave_transaction_object(driver: asyncpg.Connection) -> None:
+    await driver.transaction().start()
+    await driver.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("leave", [leave_begun, leave_transaction_object])
+@pytest.mark.parametrize("begin", [contextlib.nullcontext, AsyncSession.begin], ids=["own", "joined"])
+async def test_a_transaction_that_somebody_left_on_the_connection_costs_no_record(
+    sessions: Sessions,
+    db: asyncpg.Connection,
+    leave: Callable[[asyncpg.Connection], Awaitable[None]],
+    begin: Callable[[AsyncSession], AbstractAsyncContextManager[object]],
+) -> None:
+    """Break: `_refuse_unusable` (deps.py)."""
+    async with sessions() as session:
+        driver = (await (await session.connection()).get_raw_connection()).driver_connection
+        await session.rollback()
+        await leave(driver)
+    async with sessions() as session, begin(session):
+        record_id = await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT id FROM mem0_cc.base_log") == record_id
+
+
+async def test_a_transaction_that_begins_after_the_checkout_costs_no_record(
+    sessions: Sessions, db: asyncpg.Connection
+) -> None:
+    """Break: `is_in_transaction` in `_store_autocommit`."""
+    event.remove(sessions.kw["bind"].sync_engine, "checkout", _refuse_unusable)
+    async with sessions() as session:
+        driver = (await (await session.connection()).get_raw_connection()).driver_connection
+        await session.rollback()
+        await leave_begun(driver)
+    async with sessions() as session:
+        record_id = await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT id FROM mem0_cc.base_log") == record_id
 
 
 @pytest.mark.parametrize("statement", ["DISCARD ALL", "DEALLOCATE ALL"])
