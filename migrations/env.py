@@ -6,7 +6,7 @@ from alembic import context
 from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from backend.cc.deps import Settings, create_engine
 from backend.cc.mem0_models import SCHEMA, Base
@@ -22,6 +22,8 @@ TURN_TIMEOUT = "60s"
 LOCK_TIMEOUT = "5s"
 """How long to wait for a table that the running service uses: its inserts queue up behind us meanwhile."""
 
+_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE = "42501", "55P03"
+
 
 def include_name(name: str | None, type_: str, parent_names: object) -> bool:
     """Look at our own schema only: what else lives in the database is none of our business."""
@@ -33,6 +35,9 @@ def migrate(connection: Connection) -> None:
     # All in one transaction, the schema included: a migration that fails leaves nothing behind. The lock
     # is released with the transaction, or with the connection if this process dies.
     with connection.begin():
+        encoding = connection.scalar(text("SHOW server_encoding"))
+        if encoding not in ("UTF8", "SQL_ASCII"):
+            raise CommandError(f"the database's encoding must be UTF8: {encoding} can't hold every prompt")
         connection.execute(text(f"SET LOCAL lock_timeout = '{TURN_TIMEOUT}'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
         connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
@@ -42,7 +47,7 @@ def migrate(connection: Connection) -> None:
 
 
 def configure(**options: object) -> None:
-    """Tell Alembic what is ours, and to keep its own table in `public`, where it outlives the schema."""
+    """Tell Alembic what is ours, and to keep its own table in the default schema, where it outlives ours."""
     context.configure(
         target_metadata=Base.metadata,
         version_table="alembic_version_cos_cc",
@@ -54,7 +59,7 @@ def configure(**options: object) -> None:
 
 
 async def migrate_online() -> None:
-    """Connect and migrate. What whoever runs it has to mend is said in a line, not in a traceback."""
+    """Connect and migrate. What whoever runs it can mend is said in a line, not in a traceback."""
     try:
         engine = create_engine(Settings())
     except ValidationError as error:
@@ -67,6 +72,10 @@ async def migrate_online() -> None:
         # Whoever waited for another's migration has to see what it did, whatever the database's default is.
         await connection.execution_options(isolation_level="READ COMMITTED")
         await connection.run_sync(migrate)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) not in (_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE):
+            raise
+        raise CommandError(str(database_error(error))) from None
     finally:
         await connection.close()
         await engine.dispose()

@@ -2,10 +2,11 @@ import asyncio
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
+from uuid import uuid4
 
 import asyncpg
 import pytest
-from conftest import execute, run_alembic
+from conftest import execute, run_alembic, with_database
 from sqlalchemy import make_url
 
 TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
@@ -47,18 +48,20 @@ async def test_check_finds_no_drift_beside_other_peoples_schemas(database_url: s
 
 
 @pytest.mark.parametrize(
-    "drift",
+    ("drift", "operation"),
     [
-        "ALTER TABLE mem0_cc.base_log ADD COLUMN extra int",
-        "ALTER TABLE mem0_cc.base_log ALTER COLUMN request_id SET DEFAULT 'x'",
-        "ALTER TABLE mem0_cc.event_log ALTER COLUMN payload DROP NOT NULL",
-        "DROP INDEX mem0_cc.ix_base_log_trace_id",
-        "CREATE TABLE mem0_cc.extra (id int)",
+        ("ALTER TABLE mem0_cc.base_log ADD COLUMN extra int", "remove_column"),
+        ("ALTER TABLE mem0_cc.base_log ALTER COLUMN request_id SET DEFAULT 'x'", "modify_default"),
+        ("ALTER TABLE mem0_cc.event_log ALTER COLUMN payload DROP NOT NULL", "modify_nullable"),
+        ("DROP INDEX mem0_cc.ix_base_log_trace_id", "add_index"),
+        ("CREATE TABLE mem0_cc.extra (id int)", "remove_table"),
     ],
 )
-async def test_check_finds_drift_of_our_own(database_url: str, drift: str) -> None:
+async def test_check_finds_drift_of_our_own(database_url: str, drift: str, operation: str) -> None:
     await execute(database_url, drift)
-    assert run_alembic(database_url, "check").returncode != 0
+    failed = run_alembic(database_url, "check")
+    assert failed.returncode != 0
+    assert f"('{operation}'" in failed.stdout + failed.stderr
 
 
 async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> None:
@@ -113,3 +116,35 @@ def test_what_has_to_be_mended_is_said_in_a_line(url: str, said: str) -> None:
     assert said in printed
     assert "Traceback" not in printed
     assert "secret" not in printed
+
+
+async def test_a_role_that_may_not_migrate_is_told_so_in_a_line(database_url: str) -> None:
+    role = f"nobody_{uuid4().hex}"
+    await execute(database_url, f"CREATE ROLE {role} LOGIN")
+    try:
+        failed = await asyncio.to_thread(
+            run_alembic, database_url.replace("postgres@", f"{role}@", 1), "upgrade", "head"
+        )
+    finally:
+        await execute(database_url, f"DROP ROLE {role}")
+    assert failed.returncode != 0
+    assert "(SQLSTATE 42501): the role lacks a privilege, see docs/roles.sql" in failed.stdout
+    assert "Traceback" not in failed.stderr
+
+
+async def test_another_error_of_the_databases_is_a_traceback_with_the_statement(empty_database_url: str) -> None:
+    await execute(empty_database_url, "CREATE SCHEMA mem0_cc", "CREATE TABLE mem0_cc.base_log (id int)")
+    failed = await asyncio.to_thread(run_alembic, empty_database_url, "upgrade", "head")
+    assert failed.returncode != 0
+    assert "CREATE TABLE mem0_cc.base_log" in failed.stderr
+
+
+async def test_a_database_that_cannot_hold_every_prompt_is_refused(postgres_url: str) -> None:
+    name = f"test_{uuid4().hex}"
+    await execute(postgres_url, f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        failed = await asyncio.to_thread(run_alembic, with_database(postgres_url, name), "upgrade", "head")
+    finally:
+        await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    assert failed.returncode != 0
+    assert "FAILED: the database's encoding must be UTF8" in failed.stdout
