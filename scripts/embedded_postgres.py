@@ -284,7 +284,8 @@ def default_home() -> Path:
 def run(command: list[str]) -> None:
     """Become a command that uses the shared cluster, until it ends; the supervisor then stops it. Does not return.
 
-    The command replaces this process, so that every signal and its exit code are its own.
+    The command replaces this process, so that every signal and its exit code are its own. It finds `psql` and the other
+    clients of PostgreSQL where the machine has none.
 
     Args:
         command: A program, searched on the `PATH`, and its arguments.
@@ -292,7 +293,8 @@ def run(command: list[str]) -> None:
     cluster = Server(default_home())
     with _use(cluster) as users:
         os.set_inheritable(users, True)  # noqa: FBT003
-        os.execvpe(command[0], command, os.environ | {"DATABASE_URL": cluster.url})  # noqa: S606
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(_pginstall() / "bin")])
+        os.execvpe(command[0], command, os.environ | {"DATABASE_URL": cluster.url, "PATH": path})  # noqa: S606
 
 
 def supervise(home: Path) -> None:

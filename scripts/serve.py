@@ -54,10 +54,19 @@ def announce(port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection((HOST, port)):
             break
         time.sleep(0.1)
-    request = f"""http://{HOST}:{port}/test-log -H 'content-type: application/json' -d '{{"message": "hello"}}'"""
-    print(f"\nThe service runs; Ctrl-C stops it. Try:\n\ncurl -X POST {request}\n", flush=True)
+    print(f"\nThe service runs; Ctrl-C stops it. Try:\n\n{curl_line(port)}\n", flush=True)
     if note := os.environ.get("TRACES_NOTE"):  # from scripts/trace_viewer.py
         print(f"{note}\n", flush=True)
+
+
+def curl_line(port: int) -> str:
+    """Return a command that sends a request to the service.
+
+    Args:
+        port: Where it listens.
+    """
+    body = """'{"message": "hello"}'"""
+    return f"curl -X POST http://{HOST}:{port}/test-log -H 'content-type: application/json' -d {body}"
 
 
 def end_with_parent() -> None:

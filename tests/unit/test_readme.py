@@ -10,6 +10,7 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
+import serve
 from conftest import ROOT
 from fastapi import APIRouter, FastAPI
 from otlp_receiver import otlp_receiver
@@ -63,11 +64,12 @@ def test_the_uvicorn_line_of_the_readme_serves(database_url: str, tmp_path: Path
     options = shlex.split(line.replace("\\\n", "").replace("0.0.0.0", "127.0.0.1"))  # noqa: S104 - not listened on
     with running_service(database_url, tmp_path / "log", *options) as service:
         assert httpx.post(f"{service.url}/test-log", json={}).status_code == 200
+        assert service.stop() == 0
 
 
 async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(client: httpx.AsyncClient) -> None:
     (line,) = [block for block in blocks("sh") if block.startswith("curl")]
-    assert "POST http://127.0.0.1:8000/test-log -H 'content-type: application/json' -d '{" in line
+    assert line.strip() == serve.curl_line(8000)
     body = re.search(r"-d '(.*)'", line)
     assert body
     response = await client.post("/test-log", content=body[1], headers={"content-type": "application/json"})

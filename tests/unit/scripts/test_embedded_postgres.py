@@ -404,6 +404,15 @@ def test_a_command_is_run_with_its_own_exit_code_and_signals(home: Path) -> None
     eventually(lambda: not Server(home).running())
 
 
+def test_a_command_finds_psql_where_the_machine_has_none(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    ask = 'psql "$DATABASE_URL" -Atc "SELECT 6 * 7"'
+    command = [sys.executable, str(SCRIPT), "run", "--", "sh", "-c", ask]
+    environment = {**os.environ, "PATH": str(tmp_path), "CC_POSTGRES_HOME": str(home)}
+    assert subprocess.check_output(command, env=environment, text=True) == "42\n"
+    eventually(lambda: not Server(home).running())
+
+
 def test_a_command_that_does_not_exist_leaves_nothing_behind(home: Path) -> None:
     environment = {**os.environ, "CC_POSTGRES_HOME": str(home)}
     command = [sys.executable, str(SCRIPT), "run", "--", "no-such-command"]
