@@ -349,7 +349,7 @@ def describe_machine(server_url: str) -> dict[str, Any]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--growth", action="store_true", help="grow to 5 million records, not 1: some minutes more")
+    parser.add_argument("--growth", action="store_true", help="grow to 5 million records, not 1")
     parser.add_argument("--smoke", action="store_true", help="a round of everything, to see that it works; no figures")
     arguments = parser.parse_args()
     start = time.monotonic()

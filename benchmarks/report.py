@@ -280,6 +280,8 @@ def write(results: dict[str, Any], docs: Path | None) -> None:
     machine = results["machine"] | results["spans"]
     machine |= {
         "packages": ", ".join(f"{name} {version}" for name, version in machine["packages"].items()),
+        "answered": f"{machine['answered']:,}",
+        "whole": f"{machine['whole']:,}",
         "memory": f"{machine['memory'] / 2**30:.0f}",
         "minutes": f"{machine['minutes']:.0f}",
         "load_before": f"{machine['load_before']:.1f}",

@@ -1,12 +1,12 @@
 """The service as its users meet it: a real uvicorn process on a real socket."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Service:
         return self.process.wait(timeout)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_service(
     database_url: str, log_path: Path, *uvicorn_args: str, app: str = "backend.cc.cc_main:app", **environment: str
 ) -> Iterator[Service]:
@@ -58,14 +58,15 @@ def running_service(
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
     service = Service(f"http://127.0.0.1:{port}", port, process, log_path)
     try:
         _wait_until_it_answers(service)
         yield service
     finally:
-        if process.poll() is None:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):  # its workers too, which may outlive it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

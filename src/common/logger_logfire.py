@@ -31,7 +31,6 @@ _OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "m
 """Attributes that hold ids and names, never content. Scrubbing goes by words, and would turn an
 event type `session_start` or a request id `auth-svc-42` into "[Scrubbed due to ...]"."""
 
-
 _DATABASE_ADDRESS: Final = frozenset(
     {
         "db.user",
@@ -44,7 +43,6 @@ _DATABASE_ADDRESS: Final = frozenset(
     }
 )
 """Attributes of an SQL span that say where the database is, in the old and the new semantic conventions."""
-
 
 _BATCHES: Final = {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "128", "OTEL_BSP_MAX_QUEUE_SIZE": "8192"}
 """How spans are batched, unless the operator says otherwise. Logfire makes the batch processors, and they read
@@ -117,7 +115,10 @@ def configure_logfire(
     """
     recording = bool(token or otlp or console or span_processors)
     if not recording:
-        logger.warning("LOGFIRE_TOKEN is not set: tracing is off. Request and trace ids are still made.")
+        logger.warning(
+            "Neither LOGFIRE_TOKEN nor OTEL_EXPORTER_OTLP_ENDPOINT is set: tracing is off. "
+            "Request and trace ids are still made."
+        )
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
@@ -139,6 +140,7 @@ def configure_logfire(
         sampling=None if recording else logfire.SamplingOptions(head=ALWAYS_OFF),
         # Nobody asked for metrics, and they are an eighth of a traced request's CPU time.
         metrics=False,
+        # Both would put on spans what nobody has put there: an f-string's variables, baggage.
         inspect_arguments=False,
         add_baggage_to_attributes=False,
         distributed_tracing=distributed_tracing,
@@ -161,7 +163,7 @@ def instrument_fastapi(app: FastAPI) -> None:
     """
     # What `logfire.instrument_fastapi` is built on, without what that adds: the parsed arguments, prompts
     # included, and when they were parsed, for a tenth of the request's CPU time.
-    # It reads headers that are no UTF-8 as Python source with escapes, and fails where they are none: a 500.
+    # Its decoder takes a header that is not UTF-8 for Python source with escapes, and a broken one is a 500.
     asgi._decode_header_item = lambda value: value.decode("utf-8", "replace")  # noqa: SLF001
     FastAPIInstrumentor.instrument_app(
         app, server_request_hook=_describe_server_span, exclude_spans=["receive", "send"]

@@ -72,7 +72,7 @@ def test_starts_before_its_first_connection_can_be_made_and_recovers(postgres: P
 def test_no_request_fails_after_a_restart_that_closed_every_connection(
     postgres: Postgres, service: Service, database_url: str
 ) -> None:
-    """Break: `_refuse_closed` (deps.py) together with the second try in `_store_autocommit`."""
+    """Break: `_refuse_unusable` (deps.py) together with the second try in `_store_autocommit`."""
     before = stored(database_url)["base"]
     with ThreadPoolExecutor(10) as pool:
         for _ in range(3):
@@ -272,7 +272,7 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
 ) -> None:
     """Twice, because asyncpg gives the server as long again to confirm that it has given the query up.
 
-    Break: `_disconnect_after_timeout`, `except OSError` in `connect` (deps.py).
+    Break: `_handle_error`, `except (OSError, UnicodeError)` in `connect` (deps.py).
     """
 
     def send() -> httpx.Response:

@@ -40,7 +40,8 @@ SHUTDOWN = 10.0
 def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
     """Medians, in turns on one machine: against spans that are recorded and go nowhere, and a receiver that works.
 
-    Break: export in the request, e.g. a SimpleSpanProcessor for BatchSpanProcessor (logger_logfire.py).
+    Break: export in the request: a SimpleSpanProcessor on an OTLP exporter among `additional_span_processors`
+    (logger_logfire.py).
     """
     with ExitStack() as stack:
         works = stack.enter_context(otlp_receiver(keep=False)).endpoint

@@ -89,7 +89,7 @@ async def test_rows_are_found_by_an_index(
     await db.execute("SET enable_seqscan = off")  # three rows are read faster without one
     for query in ROW_QUERIES:
         plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN {filled_in(query, answer, exporter)}"))
-        assert re.search(r"Index Cond: .*(request_id|trace_id|id) = ", plan), plan
+        assert re.search(r"Index Cond: \(+(request_id|trace_id|id)\S* = '", plan), plan
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_a_forgotten_credentials_folder_is_no_token(
         f'{{"token": "{TOKEN}", "project_name": "p", "project_url": "u", "logfire_api_url": "{receiver.endpoint}"}}'
     )
     monkeypatch.setenv("LOGFIRE_CREDENTIALS_DIR", str(home))
-    configure_logfire("cos-cc")
+    configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(InMemorySpanExporter())])
     logfire.info("hello")
     logfire.force_flush()
     assert receiver.requests == 0

@@ -14,6 +14,7 @@ from backend.cc.mem0_models import NAME_LENGTH
 from backend.cc.services.logging import TOKENS_MAX, EventRecord, InvalidRecordError, PromptRecord, current_trace_id
 
 
+# It describes the body in the OpenAPI document; what reads the body is `_records` (docs/decisions/0008).
 class TestLogRequest(BaseModel):
     """Any JSON object. Every key is optional; keys not named here are kept in the event's payload."""
 
@@ -108,7 +109,8 @@ _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
         },
     },
     422: {
-        "description": "The body is not a JSON object, or a value in it is out of bounds; nothing was written.",
+        "description": "The body is not a JSON object sent as `application/json`, or a value in it is out of bounds; "
+        "nothing was written.",
         "headers": {"X-Request-ID": _REQUEST_ID},
         "model": Invalid,
         "content": {
@@ -162,10 +164,10 @@ async def json_object(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
     except ClientDisconnect:
-        raise HTTPException(400) from None  # nobody is left to read it
+        raise HTTPException(400) from None
     except (ValueError, RecursionError):
-        # ValueError: not JSON, not UTF-8, or a number past Python's limit for decimal digits.
-        rule = "must be JSON in UTF-8, its numbers below 4,300 digits, not nested too deeply"
+        # ValueError: not JSON, not UTF-8, or an integer past Python's limit for decimal digits.
+        rule = "must be JSON in UTF-8, its integers of 4,300 digits at most, not nested too deeply"
         raise _invalid(("body",), rule) from None
     if not isinstance(body, dict):
         raise _invalid(("body",), "must be a JSON object")
