@@ -35,14 +35,8 @@ SHUTDOWN = 10.0
 """Seconds within which the process must have ended, whatever the receiver does."""
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
-    """Medians, in turns on one machine: against spans that are recorded and go nowhere, and a receiver that works.
-
-    Break: export in the request: a SimpleSpanProcessor on an OTLP exporter among `additional_span_processors`
-    (logger_logfire.py).
-    """
+def medians_of_a_request(database_url: str, tmp_path: Path, fault: str) -> dict[str, float]:
+    """Measure, in turns on one machine, services of their own. Returns milliseconds."""
     with ExitStack() as stack:
         works = stack.enter_context(otlp_receiver(keep=False)).endpoint
         fails = stack.enter_context(faulty_receiver(fault))
@@ -60,10 +54,24 @@ def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: s
         for _ in range(60):
             for client in clients.values():
                 client.send(50)
-    medians = {name: 1000 * statistics.median(client.seconds[500:]) for name, client in clients.items()}
-    progress("median of a request, ms: " + ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
-    assert medians[fault] < 1.1 * medians["no receiver"]
-    assert medians[fault] < 1.1 * medians["works"]
+    return {name: 1000 * statistics.median(client.seconds[500:]) for name, client in clients.items()}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
+    """Beside spans that are recorded and go nowhere, and a receiver that works.
+
+    Three times, since two processes of the same service differ by several per cent for as long as they live.
+
+    Break: export in the request: a SimpleSpanProcessor on an OTLP exporter among `additional_span_processors`
+    (logger_logfire.py).
+    """
+    measured = [medians_of_a_request(database_url, tmp_path, fault) for _ in range(3)]
+    for medians in measured:
+        progress("median of a request, ms: " + ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
+    for name in ("no receiver", "works"):
+        assert statistics.median(medians[fault] / medians[name] for medians in measured) < 1.1
 
 
 @pytest.mark.parametrize("fault", FAULTS)
