@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,6 +59,17 @@ async def execute(url: str, *statements: str) -> None:
         await connection.close()
 
 
+@asynccontextmanager
+async def new_database(server_url: str, options: str = "") -> AsyncIterator[str]:
+    """Create a database, with the options of CREATE DATABASE, and drop it at the end. Yields its URL."""
+    name = f"test_{uuid4().hex}"
+    await execute(server_url, f"CREATE DATABASE {name} {options}")
+    try:
+        yield with_database(server_url, name)
+    finally:
+        await execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """The server that all tests share: CC_TEST_DATABASE_URL, or an embedded one that is thrown away."""
@@ -82,19 +94,15 @@ def template(postgres_url: str) -> Iterator[str]:
 @pytest.fixture
 async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
     """A database of the test's own, with the migrated schema: commits are real."""
-    name = f"test_{uuid4().hex}"
-    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield with_database(postgres_url, name)
-    await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    async with new_database(postgres_url, f"TEMPLATE {template}") as url:
+        yield url
 
 
 @pytest.fixture
 async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
     """A database with nothing in it."""
-    name = f"test_{uuid4().hex}"
-    await execute(postgres_url, f"CREATE DATABASE {name}")
-    yield with_database(postgres_url, name)
-    await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    async with new_database(postgres_url) as url:
+        yield url
 
 
 @pytest.fixture

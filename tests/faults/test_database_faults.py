@@ -272,7 +272,7 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
 ) -> None:
     """Twice, because asyncpg gives the server as long again to confirm that it has given the query up.
 
-    Break: `_handle_error`, `except (OSError, UnicodeError)` in `connect` (deps.py).
+    Break: `_handle_error`, the `OSError` that `connect` catches (deps.py).
     """
 
     def send() -> httpx.Response:

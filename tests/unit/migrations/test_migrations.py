@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from conftest import execute, run_alembic, with_database
+from conftest import execute, new_database, run_alembic
 from sqlalchemy import make_url
 
 TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
@@ -140,11 +140,7 @@ async def test_another_error_of_the_databases_is_a_traceback_with_the_statement(
 
 
 async def test_a_database_that_cannot_hold_every_prompt_is_refused(postgres_url: str) -> None:
-    name = f"test_{uuid4().hex}"
-    await execute(postgres_url, f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-    try:
-        failed = await asyncio.to_thread(run_alembic, with_database(postgres_url, name), "upgrade", "head")
-    finally:
-        await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    async with new_database(postgres_url, "ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0") as url:
+        failed = await asyncio.to_thread(run_alembic, url, "upgrade", "head")
     assert failed.returncode != 0
     assert "FAILED: the database's encoding must be UTF8" in failed.stdout

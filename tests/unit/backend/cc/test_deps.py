@@ -129,19 +129,22 @@ async def failing_in_sqlalchemy(number: int, session: DBSession) -> None:
     await session.execute(REFUSED[number])
 
 
-@router.post("/killed")
-async def killed(session: DBSession) -> None:
+async def kill(session: AsyncSession) -> None:
+    """Begin a transaction, and end its connection."""
     pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
     async with session.bind.connect() as other:  # type: ignore[union-attr]
         await other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+
+
+@router.post("/killed")
+async def killed(session: DBSession) -> None:
+    await kill(session)
     raise HTTPException(404)
 
 
 @router.post("/killed-and-caught")
 async def killed_and_caught(session: DBSession, log_l1: LogL1) -> None:
-    pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
-    async with session.bind.connect() as other:  # type: ignore[union-attr]
-        await other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    await kill(session)
     with contextlib.suppress(DatabaseUnavailableError):
         await log_l1(EVENT)
 
@@ -323,24 +326,19 @@ async def test_a_websocket_can_log_too(app: FastAPI, db: asyncpg.Connection) -> 
     assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log WHERE id = $1", said["text"]) == request_id
 
 
-async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too() -> None:
-    app = create_app(Settings(database_url="postgresql://u:secret@127.0.0.1:1/d"))
-
-    @app.post("/querying")
-    async def querying(session: DBSession) -> None:
-        await session.execute(text("SELECT 1"))
-
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
-        response = await client.post("/querying")
-    assert response.status_code == 503
-    assert response.headers["retry-after"] == "5"
-
-
 @pytest.fixture
 def app_without_database() -> FastAPI:
     app = create_app(Settings(database_url="postgresql://u:secret@127.0.0.1:1/d"))
     app.include_router(router)
     return app
+
+
+async def test_an_unreachable_database_is_a_503_for_an_endpoints_own_query_too(app_without_database: FastAPI) -> None:
+    transport = httpx.ASGITransport(app_without_database)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
+        response = await client.post("/after-a-query")
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "5"
 
 
 async def test_an_unreachable_database_closes_a_websocket_and_asks_to_try_again(app_without_database: FastAPI) -> None:

@@ -427,17 +427,18 @@ def test_keys_that_are_no_text_are_stored_as_json_writes_them(more: dict[str, An
 
 
 def test_containers_that_fail_to_be_read_are_named() -> None:
-    class Mapping_(dict[str, int]):  # noqa: N801
+    class FailingDict(dict[str, int]):
         def items(self) -> Any:
             raise RuntimeError
 
-    class List(list[int]):
+    class FailingList(list[int]):
         def __iter__(self) -> Iterator[int]:
             raise RuntimeError
 
-    written = json.loads(to_jsonb({"a": Mapping_(b=1), "b": List([1]), "kept": 1}))
+    written = json.loads(to_jsonb({"a": FailingDict(b=1), "b": FailingList([1]), "kept": 1}))
     assert written["kept"] == 1
     assert "unserializable" in written["a"]
+    assert "unserializable" in written["b"]
 
 
 def test_keys_that_json_has_no_words_for_are_stored_as_their_text() -> None:
