@@ -27,12 +27,13 @@ from uuid import uuid4
 
 import asyncpg
 import psutil
-import report
-from embedded_postgres import server, temporary_home
-from loopback import free_port
-from otlp_receiver import ReceivedSpan, otlp_receiver
-from proxy import DelayProxy
 from sqlalchemy import make_url
+
+import report
+from devtools.otlp import ReceivedSpan, otlp_receiver
+from devtools.ports import free_port
+from devtools.postgres import server, temporary_home
+from proxy import DelayProxy
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 HERE: Final = ROOT / "benchmarks"
@@ -40,7 +41,7 @@ HERE: Final = ROOT / "benchmarks"
 # No setting of a developer's shines through.
 ENVIRONMENT: Final = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("LOGFIRE_", "OTEL_", "CC_", "PG"))},
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE)]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "scripts"), str(HERE)]),
 }
 
 Round = dict[str, float]
@@ -109,7 +110,7 @@ def line(process: subprocess.Popen[str]) -> str:
 @contextmanager
 def receiver() -> Iterator[str]:
     """Run an OTLP receiver that keeps nothing, in a process of its own."""
-    with child(str(ROOT / "scripts/otlp_receiver.py")) as process:
+    with child("-m", "devtools.otlp") as process:
         yield line(process)
 
 

@@ -2,22 +2,20 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
 import httpx
 import pytest
-from embedded_postgres import server, temporary_home
 from fastapi import FastAPI
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from devtools.postgres import server, temporary_home
+from support.database import execute, new_database, run_alembic, with_database
 
 # Before anything imports cc_main, whose last line builds the service from the environment: tests build
 # their own, nothing is sent anywhere, and no developer's settings shine through.
@@ -28,46 +26,6 @@ os.environ["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
 
 from backend.cc.cc_main import create_app  # noqa: E402
 from backend.cc.deps import Settings, create_sessions  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
-
-
-def with_database(url: str, name: str) -> str:
-    """Return `url` with the database's name replaced."""
-    return make_url(url).set(database=name).render_as_string(hide_password=False)
-
-
-def run_alembic(url: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run alembic as a user does: its own process, DATABASE_URL in the environment."""
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", *args],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-async def execute(url: str, *statements: str) -> None:
-    """Run statements one after the other, each in its own transaction."""
-    connection = await asyncpg.connect(url)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
-
-
-@asynccontextmanager
-async def new_database(server_url: str, options: str = "") -> AsyncIterator[str]:
-    """Create a database, with the options of CREATE DATABASE, and drop it at the end. Yields its URL."""
-    name = f"test_{uuid4().hex}"
-    await execute(server_url, f"CREATE DATABASE {name} {options}")
-    try:
-        yield with_database(server_url, name)
-    finally:
-        await execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")

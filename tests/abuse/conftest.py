@@ -7,9 +7,10 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from abuse.service import Abused
-from conftest import execute, with_database
-from service import running_service
+
+from devtools.service import running_service
+from support.abuse import Abused
+from support.database import execute, with_database
 
 
 @pytest.fixture(scope="session")

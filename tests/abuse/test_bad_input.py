@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import schemathesis
-from abuse.service import JSON, Abused
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+
+from support.abuse import JSON, Abused
 
 DEPTH_MAX = 128
 """Levels of nesting that are kept, as `to_jsonb` promises."""

@@ -8,9 +8,11 @@ from uuid import uuid4
 import asyncpg
 import httpx
 import pytest
-from conftest import ROOT, execute, run_alembic, with_database
-from service import running_service
 from sqlalchemy import make_url
+
+from devtools import ROOT
+from devtools.service import running_service
+from support.database import execute, run_alembic, with_database
 
 ROLES = ("cc_runtime", "cc_migrations")
 TABLES = ("base_log", "prompt_trace", "event_log")

@@ -6,10 +6,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from conftest import run_alembic, with_database
-from embedded_postgres import Server, temporary_home
-from faults.cluster import TIMEOUT, Postgres, Run, fetch
-from service import Service, running_service
+
+from devtools.postgres import Server, temporary_home
+from devtools.service import Service, running_service
+from support.cluster import TIMEOUT, Postgres, Run, fetch
+from support.database import run_alembic, with_database
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +55,8 @@ def run(database_url: str, tmp_path: Path) -> Run:
 def service(cluster: Postgres, database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service there that outlives the faults of all tests: each begins with proof that it has recovered."""
     log_path = tmp_path_factory.mktemp("faults") / "service.log"
-    arguments = ("--no-access-log", "--app-dir=tests/faults")
+    arguments = ("--no-access-log", "--app-dir=tests")
     with running_service(
-        database_url, log_path, *arguments, app="endpoints:app", CC_DB_TIMEOUT_SECONDS=str(TIMEOUT)
+        database_url, log_path, *arguments, app="support.endpoints:app", CC_DB_TIMEOUT_SECONDS=str(TIMEOUT)
     ) as service:
         yield service

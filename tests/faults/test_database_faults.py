@@ -13,7 +13,14 @@ from itertools import product
 
 import httpx
 import pytest
-from faults.cluster import (
+from pydantic import SecretStr
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from backend.cc.deps import Settings, create_sessions
+from backend.cc.services.logging import EventRecord, log_l1
+from devtools.service import Service
+from support.cluster import (
     SLACK,
     TIMEOUT,
     Postgres,
@@ -31,13 +38,6 @@ from faults.cluster import (
     until,
     waiting,
 )
-from pydantic import SecretStr
-from service import Service
-from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncEngine
-
-from backend.cc.deps import Settings, create_sessions
-from backend.cc.services.logging import EventRecord, log_l1
 
 
 def assert_unavailable(answer: httpx.Response) -> None:
@@ -194,7 +194,7 @@ def test_a_pool_of_two_has_two_connections_however_many_wait(run: Run, database_
         return http.post(f"{service.url}{path}", json={"content": "hello"}).status_code
 
     with (
-        run("--app-dir=tests/faults", app="endpoints:app", CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service,
+        run("--app-dir=tests", app="support.endpoints:app", CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service,
         ThreadPoolExecutor(50) as pool,
     ):
         with locked(database_url):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faults.cluster import Postgres, Run, fetch, http, until
-from otlp_receiver import Receiver, otlp_receiver
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import make_url
 
 from backend.cc.deps import Settings, create_sessions
 from backend.cc.services.logging import DatabaseError, EventRecord, PromptRecord, log_l1
+from devtools.otlp import Receiver, otlp_receiver
+from support.cluster import Postgres, Run, fetch, http, until
 
 PROMPT, PAYLOAD, PASSWORD, ADDRESS, TOKEN, QUERY, HEADER = SENTINELS = [
     f"sentinel-{name}" for name in ("prompt", "payload", "password", "address", "token", "query", "header")
@@ -83,8 +83,8 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
         otlp_receiver() as otlp,
         otlp_receiver() as logfire,
         run(
-            *("--app-dir=tests/faults",),
-            app="endpoints:app",
+            *("--app-dir=tests",),
+            app="support.endpoints:app",
             DATABASE_URL=secret_url,
             LOGFIRE_TOKEN=TOKEN,
             LOGFIRE_BASE_URL=logfire.endpoint,

@@ -9,9 +9,10 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from faults.cluster import FAULTS, Client, faulty_receiver, fetch, processes, progress, stored
-from otlp_receiver import otlp_receiver
-from service import Service, running_service
+
+from devtools.otlp import otlp_receiver
+from devtools.service import Service, running_service
+from support.cluster import FAULTS, Client, faulty_receiver, fetch, processes, progress, stored
 
 SECONDS = float(os.environ.get("CC_SOAK_SECONDS", "600"))
 """How long the steady load lasts."""

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faults.cluster import (
+
+from devtools.otlp import otlp_receiver
+from devtools.service import running_service
+from support.cluster import (
     FAULTS,
     SLACK,
     Client,
@@ -27,9 +30,7 @@ from faults.cluster import (
     until,
     waiting,
 )
-from faults.cluster import http as shared_http
-from otlp_receiver import otlp_receiver
-from service import running_service
+from support.cluster import http as shared_http
 
 SHUTDOWN = 10.0
 """Seconds within which the process must have ended, whatever the receiver does."""
@@ -135,7 +136,7 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 
 def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:
     """Break: end the process in `lifespan` before `yield` returns, or in a signal handler (cc_main.py)."""
-    with run("--app-dir=tests/faults", app="endpoints:app") as service, ThreadPoolExecutor(1) as pool:
+    with run("--app-dir=tests", app="support.endpoints:app") as service, ThreadPoolExecutor(1) as pool:
         before = stored(database_url)["event"]
         slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
         until(lambda: stored(database_url)["event"] > before)

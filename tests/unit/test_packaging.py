@@ -4,7 +4,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from conftest import ROOT
+from devtools import ROOT
 
 
 def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:

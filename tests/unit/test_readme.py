@@ -10,13 +10,12 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
-import serve
-from conftest import ROOT
 from fastapi import APIRouter, FastAPI
-from otlp_receiver import otlp_receiver
-from service import running_service
 
 from backend.cc.deps import Settings
+from devtools import ROOT, serve
+from devtools.otlp import otlp_receiver
+from devtools.service import running_service
 
 README = (ROOT / "README.md").read_text()
 

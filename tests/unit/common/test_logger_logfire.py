@@ -11,11 +11,11 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from otlp_receiver import ReceivedSpan, Receiver, otlp_receiver
 from pydantic import BaseModel
 
 from common.logger_logfire import configure_logfire, flush_logfire
 from common.request_id_middleware import request_id_var
+from devtools.otlp import ReceivedSpan, Receiver, otlp_receiver
 
 TOKEN = "pylf_v1_us_0123456789"
 

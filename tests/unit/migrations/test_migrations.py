@@ -6,8 +6,9 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from conftest import execute, new_database, run_alembic
 from sqlalchemy import make_url
+
+from support.database import execute, new_database, run_alembic
 
 TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
 ALL_TABLES = ["base_log", "event_log", "prompt_trace"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import asyncpg
 import pytest
-from otlp_receiver import ReceivedSpan, otlp_receiver
-from service import running_service
-from sprint1_metrics import BLOCK, RESULTS, ROWS, is_complete, load
+
+from devtools.otlp import ReceivedSpan, otlp_receiver
+from devtools.service import running_service
+from devtools.sprint1_metrics import BLOCK, RESULTS, ROWS, is_complete, load
 
 Spans = list[ReceivedSpan]
 Rows = dict[str, Any]

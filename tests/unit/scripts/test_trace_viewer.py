@@ -14,9 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import serve
-import trace_viewer
-from loopback import free_port
+
+from devtools import ROOT, serve
+from devtools.ports import free_port
 
 STUB = """\
 import http.server, os, pathlib
@@ -57,8 +57,8 @@ def environment(tmp_path: Path) -> Path:
 
 def start(environment: Path, port: int, *command: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [environment / "bin/python", trace_viewer.__file__, *command],
-        env={**os.environ, "TRACES_PORT": str(port), **variables},
+        [environment / "bin/python", "-m", "devtools.trace_viewer", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "TRACES_PORT": str(port), **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -162,7 +162,7 @@ def test_an_endpoint_for_traces_alone_does_not_win_over_the_viewer(environment: 
 
 
 def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
-    shutil.copytree(Path(trace_viewer.__file__).parent, tmp_path / "scripts")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "scripts/traces").write_text('#!/bin/sh\necho "$@"\n')
     command = [str(tmp_path / "scripts/serve"), "--traces", "--workers", "2"]
     assert subprocess.check_output(command, text=True) == "./scripts/serve --workers 2\n"

@@ -13,11 +13,12 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
-from otlp_receiver import Receiver, otlp_receiver
-from service import ROOT, running_service
 
 from backend.cc.cc_main import create_app, lifespan
 from backend.cc.deps import Settings
+from devtools import ROOT
+from devtools.otlp import Receiver, otlp_receiver
+from devtools.service import running_service
 
 CALLERS_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{CALLERS_TRACE}-00f067aa0ba902b7-01"

@@ -28,7 +28,6 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from uuid_utils.compat import uuid7
-from wire import counted
 
 from backend.cc.deps import Settings, _refuse_unusable, create_sessions
 from backend.cc.mem0_models import BaseLog, EventLog
@@ -47,6 +46,7 @@ from backend.cc.services.logging import (
 )
 from common.logger_logfire import configure_logfire
 from common.request_id_middleware import request_id_var
+from devtools.wire import counted
 
 PROMPT = PromptRecord("user", "What is the capital of France?", tokens_in=9, tokens_out=0)
 EVENT = EventRecord("tool.called", {"tool": "search", "hits": [1, 2]})

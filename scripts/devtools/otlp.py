@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Receive OTLP traces over HTTP and keep what arrives: the other end of the exporter, for tests and measurements.
 
-`python scripts/otlp_receiver.py` runs one until it is stopped, and prints its address first.
+`PYTHONPATH=scripts python -m devtools.otlp` runs one until it is stopped, and prints its address first.
 """
 
 import gzip

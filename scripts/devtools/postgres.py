@@ -11,7 +11,7 @@ what lives, because they end with their processes, however those end. In the hom
     cluster.lock     held by every process of PostgreSQL itself, orphaned or not
 
 Usage:
-    python scripts/embedded_postgres.py run -- COMMAND [ARGUMENT ...]    run a command with DATABASE_URL set
+    PYTHONPATH=scripts python -m devtools.postgres run -- COMMAND [ARGUMENT ...]    run a command with DATABASE_URL set
 """
 
 import contextlib
@@ -273,7 +273,7 @@ def temporary_home() -> Iterator[Path]:
 
 def default_home() -> Path:
     """Return `CC_POSTGRES_HOME`, or this clone's: inside it, but not as root, whose clone others may not reach."""
-    clone = Path(__file__).resolve().parent.parent
+    clone = Path(__file__).resolve().parent.parent.parent
     if "CC_POSTGRES_HOME" in os.environ:
         return Path(os.environ["CC_POSTGRES_HOME"]).absolute()
     if os.geteuid() == 0:

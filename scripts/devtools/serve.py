@@ -11,8 +11,9 @@ import time
 from types import FrameType
 
 import uvicorn
-from embedded_postgres import ServerError, server
-from loopback import HOST, port_of, require_free
+
+from devtools.ports import HOST, port_of, require_free
+from devtools.postgres import ServerError, server
 
 
 def serve(port: int, arguments: list[str]) -> None:
@@ -55,7 +56,7 @@ def announce(port: int) -> None:
             break
         time.sleep(0.1)
     print(f"\nThe service runs; Ctrl-C stops it. Try:\n\n{curl_line(port)}\n", flush=True)
-    if note := os.environ.get("TRACES_NOTE"):  # from scripts/trace_viewer.py
+    if note := os.environ.get("TRACES_NOTE"):  # from devtools/trace_viewer.py
         print(f"{note}\n", flush=True)
 
 

@@ -1,7 +1,8 @@
 import socket
 
 import pytest
-from loopback import HOST, port_of, require_free
+
+from devtools.ports import HOST, port_of, require_free
 
 
 @pytest.mark.parametrize(("value", "port"), [(None, 8000), ("", 8000), ("1", 1), ("65535", 65_535)])

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from loopback import free_port
 
-ROOT = Path(__file__).parent.parent
+from devtools import ROOT
+from devtools.ports import free_port
 
 
 @dataclass

@@ -15,13 +15,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import asyncpg
-import embedded_postgres
 import pytest
-from embedded_postgres import Server, ServerError, default_home, server, temporary_home
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-SCRIPT = Path(embedded_postgres.__file__)
+from devtools import ROOT, postgres
+from devtools.postgres import Server, ServerError, default_home, server, temporary_home
+
+COMMAND = [sys.executable, "-m", "devtools.postgres"]
+SCRIPTS = {"PYTHONPATH": str(ROOT / "scripts")}
 POSTGRES = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
 
 
@@ -50,8 +52,8 @@ def postmaster(home: Path) -> int:
 def start_user(home: Path, program: str) -> subprocess.Popen[str]:
     """Run Python code that uses the cluster of `home`, as another process."""
     return subprocess.Popen(
-        [sys.executable, SCRIPT, "run", "--", sys.executable, "-c", program],
-        env={**os.environ, "CC_POSTGRES_HOME": str(home)},
+        [*COMMAND, "run", "--", sys.executable, "-c", program],
+        env={**os.environ, "CC_POSTGRES_HOME": str(home), **SCRIPTS},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -78,11 +80,13 @@ input()
 @contextmanager
 def supervisor(home: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A supervisor whose pid is known, with this process as its user."""
-    program = "import pathlib, sys, embedded_postgres as e; e.supervise(pathlib.Path(sys.argv[1]))"
+    program = "import pathlib, sys; from devtools import postgres as e; e.supervise(pathlib.Path(sys.argv[1]))"
     with (home / "supervisor.lock").open("ab") as lock, (home / "users.lock").open("ab") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen([sys.executable, "-c", program, home], cwd=SCRIPT.parent, pass_fds=(lock.fileno(),))
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, home], env={**os.environ, **SCRIPTS}, pass_fds=(lock.fileno(),)
+        )
         lock.close()
         try:
             yield process
@@ -179,7 +183,7 @@ def test_the_last_user_does_not_wait_for_the_end_where_another_has_come(
             return False
 
         with monkeypatch.context() as patch:
-            patch.setattr(embedded_postgres, "_ended", come)
+            patch.setattr(postgres, "_ended", come)
             with server(home):
                 pass
         assert len(waited) == 1
@@ -194,7 +198,7 @@ def test_eight_first_starts_at_once_share_one_server() -> None:
         for user in users:
             user.communicate("\n")
             assert user.returncode == 0
-        eventually(lambda: not embedded_postgres._held(home / "supervisor.lock"))
+        eventually(lambda: not postgres._held(home / "supervisor.lock"))
 
 
 def test_it_stops_when_its_last_user_is_killed(home: Path) -> None:
@@ -305,7 +309,7 @@ def test_a_suspended_server_is_stopped_in_its_usual_time(cluster: Server) -> Non
 
 
 def test_a_second_owner_is_refused(cluster: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_postgres, "_ORPHAN_SECONDS", 0.1)
+    monkeypatch.setattr(postgres, "_ORPHAN_SECONDS", 0.1)
     with pytest.raises(ServerError, match="another process runs"):
         Server(cluster.home).start()
     assert cluster.answers()
@@ -314,7 +318,7 @@ def test_a_second_owner_is_refused(cluster: Server, monkeypatch: pytest.MonkeyPa
 def test_what_an_interrupted_initdb_has_left_is_not_taken_for_a_cluster() -> None:
     with temporary_home() as home:
         cluster = Server(home)
-        shutil.copytree(SCRIPT.parent, home / "data.tmp")
+        shutil.copytree(ROOT / "scripts", home / "data.tmp")
         (home / "data.tmp/PG_VERSION").write_text("18")
         cluster.start()
         assert query(cluster.url, "SELECT 1") == 1
@@ -337,9 +341,9 @@ def test_a_server_that_cannot_start_says_why(home: Path) -> None:
 def test_a_failing_initdb_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with temporary_home() as home:
         cluster = Server(home)
-        call = embedded_postgres._call
+        call = postgres._call
         monkeypatch.setattr(
-            embedded_postgres, "_call", lambda *command, **options: call(*command, "--no-such-option", **options)
+            postgres, "_call", lambda *command, **options: call(*command, "--no-such-option", **options)
         )
         with pytest.raises(ServerError, match="no-such-option"):
             cluster.start()
@@ -347,7 +351,7 @@ def test_a_failing_initdb_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_wheel_is_asked_for_where_it_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_postgres, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(postgres, "_PACKAGE", "no_such_package")
     with pytest.raises(ServerError, match="scripts/install"):
         Server(home).start()
 
@@ -384,8 +388,7 @@ def test_root_is_told_of_a_directory_that_nobody_can_pass_and_it_stays_closed(tm
 
 def test_the_home_is_the_clones_own_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC_POSTGRES_HOME", raising=False)
-    clone = SCRIPT.parent.parent
-    assert default_home().parent == (Path("/var/lib/cos-cc") if os.geteuid() == 0 else clone)
+    assert default_home().parent == (Path("/var/lib/cos-cc") if os.geteuid() == 0 else ROOT)
     monkeypatch.setenv("CC_POSTGRES_HOME", "elsewhere")
     assert default_home() == Path.cwd() / "elsewhere"
 
@@ -407,15 +410,15 @@ def test_a_command_is_run_with_its_own_exit_code_and_signals(home: Path) -> None
 def test_a_command_finds_psql_where_the_machine_has_none(home: Path, tmp_path: Path) -> None:
     (tmp_path / "sh").symlink_to("/bin/sh")
     ask = 'psql "$DATABASE_URL" -Atc "SELECT 6 * 7"'
-    command = [sys.executable, str(SCRIPT), "run", "--", "sh", "-c", ask]
-    environment = {**os.environ, "PATH": str(tmp_path), "CC_POSTGRES_HOME": str(home)}
+    command = [*COMMAND, "run", "--", "sh", "-c", ask]
+    environment = {**os.environ, "PATH": str(tmp_path), "CC_POSTGRES_HOME": str(home), **SCRIPTS}
     assert subprocess.check_output(command, env=environment, text=True) == "42\n"
     eventually(lambda: not Server(home).running())
 
 
 def test_a_command_that_does_not_exist_leaves_nothing_behind(home: Path) -> None:
-    environment = {**os.environ, "CC_POSTGRES_HOME": str(home)}
-    command = [sys.executable, str(SCRIPT), "run", "--", "no-such-command"]
+    environment = {**os.environ, "CC_POSTGRES_HOME": str(home), **SCRIPTS}
+    command = [*COMMAND, "run", "--", "no-such-command"]
     failed = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert failed.returncode == 1
     assert "no-such-command" in failed.stderr
@@ -423,6 +426,8 @@ def test_a_command_that_does_not_exist_leaves_nothing_behind(home: Path) -> None
 
 
 def test_usage_is_explained() -> None:
-    failed = subprocess.run([sys.executable, SCRIPT, "run"], check=False, capture_output=True, text=True)
+    failed = subprocess.run(
+        [*COMMAND, "run"], env={**os.environ, **SCRIPTS}, check=False, capture_output=True, text=True
+    )
     assert failed.returncode == 1
     assert "run -- COMMAND" in failed.stderr

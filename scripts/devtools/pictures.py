@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
-from loopback import free_port
 from playwright.sync_api import Browser, Page, sync_playwright  # type: ignore[import-not-found,unused-ignore]
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+from devtools import ROOT
+from devtools.ports import free_port
+
 PICTURES: Final = ROOT / "docs/phase2"
 
 WIDTH: Final = 1120

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from loopback import HOST, port_of, require_free
+from devtools import ROOT
+from devtools.ports import HOST, port_of, require_free
 
 START_SECONDS: Final = 30.0
 
@@ -41,7 +42,7 @@ def run(port: int, command: list[str]) -> None:
     reader, writer = os.pipe()
     with (HOME / "viewer.log").open("w") as log:
         viewer = subprocess.Popen(
-            [sys.executable, __file__, "--view"],
+            [sys.executable, "-m", "devtools.trace_viewer", "--view"],
             # Its own directory, its own environment: it would read a `.env` and anybody's LIGHTTRACE_*.
             cwd=HOME,
             env={
@@ -50,6 +51,7 @@ def run(port: int, command: list[str]) -> None:
                 "LIGHTTRACE_HOST": HOST,
                 "LIGHTTRACE_PASSWORD": password,
                 "LIGHTTRACE_PORT": str(port),
+                "PYTHONPATH": str(ROOT / "scripts"),
             },
             stdin=reader,
             stdout=log,

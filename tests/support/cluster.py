@@ -16,10 +16,11 @@ from typing import Any
 import asyncpg
 import httpx
 import psutil
-from embedded_postgres import Server
-from loopback import free_port
-from otlp_receiver import otlp_receiver
-from service import Service
+
+from devtools.otlp import otlp_receiver
+from devtools.ports import free_port
+from devtools.postgres import Server
+from devtools.service import Service
 
 TIMEOUT = 1.0
 """CC_DB_TIMEOUT_SECONDS in these tests, so that what is bounded by it ends soon."""

@@ -12,7 +12,8 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
-from service import Service
+
+from devtools.service import Service
 
 JSON = (b"Content-Type", b"application/json")
 

@@ -24,24 +24,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
 import httpx
 import uvloop
-from embedded_postgres import server, temporary_home
-from loopback import free_port
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from otlp_receiver import ReceivedSpan, otlp_receiver
 from uuid_utils.compat import uuid7
 
 from backend.cc.deps import Settings, create_sessions
 from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, EventRecord, PromptRecord, Record, log_l1
 from common.logger_logfire import configure_logfire, flush_logfire
 from common.request_id_middleware import generate_request_id
+from devtools import ROOT
+from devtools.otlp import ReceivedSpan, otlp_receiver
+from devtools.ports import free_port
+from devtools.postgres import server, temporary_home
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "docs/phase2/sprint1_results.md"
 BLOCK: Final = re.compile(r"(?<=<!-- sprint1_metrics -->\n).*(?=<!-- /sprint1_metrics -->)", re.DOTALL)
 """The part of the results that is this program's to write."""
@@ -118,7 +117,7 @@ def service(database_url: str, endpoint: str) -> Iterator[str]:
     environment = {"DATABASE_URL": database_url, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "PORT": str(port)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts/serve.py", "--no-access-log"],
+            [sys.executable, "-m", "devtools.serve", "--no-access-log"],
             env={**os.environ, **environment},
             stdout=log,
             stderr=log,

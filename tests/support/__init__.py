@@ -1,0 +1,1 @@
+"""Helpers that several tests share. Fixtures are in the files conftest.py."""
