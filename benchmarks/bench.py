@@ -30,10 +30,11 @@ import psutil
 from sqlalchemy import make_url
 
 import report
-from devtools.otlp import ReceivedSpan, otlp_receiver
+from devtools.otlp import otlp_receiver
 from devtools.ports import free_port
 from devtools.postgres import server, temporary_home
-from proxy import DelayProxy
+from devtools.traces import by_trace, is_whole
+from devtools.wire import counted
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 HERE: Final = ROOT / "benchmarks"
@@ -280,20 +281,18 @@ def measure_round_trips(server_url: str, rounds: int) -> dict[str, Any]:
     """Statements on the wire for one record, and its time when each of them takes 1 ms longer."""
     results: dict[str, Any] = {}
     url = new_database(server_url)
-    socket_path = f"{make_url(url).query['host']}/.s.PGSQL.5432"
     with ExitStack() as stack:
         callers = {}
         for variant in ("raw", "log_l1", "orm"):
-            proxy = stack.enter_context(DelayProxy(socket_path, seconds=0.001))
-            far = f"postgresql://postgres@127.0.0.1:{proxy.port}/{make_url(url).database}?sslmode=disable"
-            callers[variant] = (stack.enter_context(caller(variant, far)), proxy)
+            wire = stack.enter_context(counted(url, delay=0.001))
+            callers[variant] = (stack.enter_context(caller(variant, wire.url)), wire)
             results[variant] = {"rounds": []}
         for number in range(1, rounds + 1):
             say(f"4/5 round trips, 1 ms away: round {number} of {rounds}")
-            for variant, (process, proxy) in callers.items():
-                before = proxy.round_trips
+            for variant, (process, wire) in callers.items():
+                before = wire.round_trips
                 results[variant]["rounds"].append(calls(process, 100))
-                results[variant]["round_trips"] = (proxy.round_trips - before) / 100
+                results[variant]["round_trips"] = (wire.round_trips - before) / 100
     return results
 
 
@@ -308,20 +307,10 @@ def measure_spans(server_url: str, stops: int, seconds: float) -> dict[str, int]
                 threading.Timer(seconds, process.send_signal, [signal.SIGTERM]).start()
                 traces = load(port, 8, seconds + 10)["traces"]
                 process.wait(30)
-            spans = defaultdict(list)
-            for span in otlp.spans:
-                spans[span.trace_id].append(span)
+            spans = by_trace(otlp.spans)
         answered += len(traces)
         whole += sum(is_whole(spans[trace]) for trace in traces)
     return {"answered": answered, "whole": whole, "stops": stops}
-
-
-def is_whole(spans: list[ReceivedSpan]) -> bool:
-    """Tell whether a trace has its server span, both `log_l1` in it, and SQL in each of them."""
-    servers = [span.span_id for span in spans if not span.parent_id]
-    services = [span.span_id for span in spans if span.name == "log_l1" and span.parent_id in servers]
-    statements = [span.parent_id for span in spans if span.parent_id in services]
-    return len(servers) == 1 and len(services) == 2 and set(services) == set(statements)  # noqa: PLR2004 - it calls twice
 
 
 def describe_machine(server_url: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from playwright.sync_api import Browser, Page, sync_playwright  # type: ignore[i
 
 from devtools import ROOT
 from devtools.ports import free_port
+from devtools.waiting import until
 
 PICTURES: Final = ROOT / "docs/phase2"
 
@@ -129,20 +129,16 @@ def picture_trace(browser: Browser, viewer: str, password: str, request_id: str)
 
 
 def wait_for_trace(page: Page, origin: str, request_id: str) -> list[dict[str, Any]]:
-    """Wait until all spans of a request have arrived. Returns them, the server span first, parents before children.
+    """Wait until all spans of a request have arrived. Returns them, the server span first, parents before children."""
 
-    Raises:
-        RuntimeError: They have not within 20 seconds.
-    """
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+    def arrived() -> list[dict[str, Any]]:
         found = page.request.get(f"{origin}/api/projects/cos-cc/runs?meta=request_id:{request_id}").json()["items"]
-        if found:
-            runs: list[dict[str, Any]] = page.request.get(f"{origin}/api/traces/{found[0]['trace_id']}").json()["runs"]
-            if len(runs) == SPANS:
-                return runs
-        time.sleep(0.2)
-    raise RuntimeError("the trace has not arrived")
+        if not found:
+            return []
+        runs: list[dict[str, Any]] = page.request.get(f"{origin}/api/traces/{found[0]['trace_id']}").json()["runs"]
+        return runs if len(runs) == SPANS else []
+
+    return until(arrived, 20, "the trace arrives")
 
 
 def take(browser: Browser, content: str, path: Path) -> None:

@@ -43,6 +43,16 @@ def require_free(port: int, remedy: str) -> None:
             raise OSError(f"{HOST}:{port}: {error.strerror}. Another port: {remedy}") from error
 
 
+def listens(port: int) -> bool:
+    """Tell whether a process accepts connections.
+
+    Args:
+        port: On the loopback interface.
+    """
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
 def free_port() -> int:
     """Return a TCP port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:

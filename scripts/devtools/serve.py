@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,8 +11,9 @@ from types import FrameType
 
 import uvicorn
 
-from devtools.ports import HOST, port_of, require_free
+from devtools.ports import HOST, listens, port_of, require_free
 from devtools.postgres import ServerError, server
+from devtools.waiting import until
 
 
 def serve(port: int, arguments: list[str]) -> None:
@@ -51,10 +51,7 @@ def announce(port: int) -> None:
     Args:
         port: On the loopback interface.
     """
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((HOST, port)):
-            break
-        time.sleep(0.1)
+    until(lambda: listens(port), 60, "the service listens")
     print(f"\nThe service runs; Ctrl-C stops it. Try:\n\n{curl_line(port)}\n", flush=True)
     if note := os.environ.get("TRACES_NOTE"):  # from devtools/trace_viewer.py
         print(f"{note}\n", flush=True)

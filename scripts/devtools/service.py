@@ -5,15 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from devtools import ROOT
-from devtools.ports import free_port
+from devtools.ports import HOST, free_port, listens
+from devtools.waiting import until
 
 
 @dataclass
@@ -31,7 +29,15 @@ class Service:
         return self.log_path.read_text()
 
     def stop(self, timeout: float = 15, number: int = signal.SIGTERM) -> int:
-        """Stop it with a signal and return its exit code."""
+        """Stop it with a signal and return its exit code.
+
+        Args:
+            timeout: Seconds that it may take.
+            number: The signal.
+
+        Raises:
+            subprocess.TimeoutExpired: It has not ended in time.
+        """
         self.process.send_signal(number)
         return self.process.wait(timeout)
 
@@ -48,6 +54,13 @@ def running_service(
         uvicorn_args: More arguments of uvicorn.
         app: What uvicorn serves.
         environment: More environment variables.
+
+    Yields:
+        The service, which accepts connections.
+
+    Raises:
+        RuntimeError: It ended before it accepted connections; the message is what it printed.
+        TimeoutError: It accepts none.
     """
     port = free_port()
     with log_path.open("w") as log:
@@ -60,25 +73,13 @@ def running_service(
             text=True,
             start_new_session=True,
         )
-    service = Service(f"http://127.0.0.1:{port}", port, process, log_path)
+    service = Service(f"http://{HOST}:{port}", port, process, log_path)
     try:
-        _wait_until_it_answers(service)
+        until(lambda: listens(port) or process.poll() is not None, 30, "the service listens")
+        if process.poll() is not None:
+            raise RuntimeError(f"the service did not start:\n{service.log}")
         yield service
     finally:
-        with contextlib.suppress(ProcessLookupError):  # its workers too, which may outlive it
+        with contextlib.suppress(ProcessLookupError):  # the workers of a killed service may outlive it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _wait_until_it_answers(service: Service) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if service.process.poll() is not None:
-            break
-        try:
-            httpx.get(f"{service.url}/openapi.json", timeout=5)
-        except httpx.TransportError:
-            time.sleep(0.02)
-        else:
-            return
-    raise AssertionError(f"the service did not start:\n{service.log}")

@@ -1,7 +1,7 @@
 """Measure the PRD's success metrics: what scripts/sprint1_metrics does once everything is installed.
 
-Everything is real and the measurement's own: an embedded PostgreSQL that is thrown away, the service as
-scripts/serve starts it, and an OTLP receiver, each in a process of its own.
+Everything is real and the measurement's own: an embedded PostgreSQL that is thrown away, the service
+in uvicorn, and an OTLP receiver, each in a process of its own.
 """
 
 import argparse
@@ -18,18 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
 import httpx
 import uvloop
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from uuid_utils.compat import uuid7
 
 from backend.cc.deps import Settings, create_sessions
@@ -37,9 +36,10 @@ from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, EventRecord
 from common.logger_logfire import configure_logfire, flush_logfire
 from common.request_id_middleware import generate_request_id
 from devtools import ROOT
-from devtools.otlp import ReceivedSpan, otlp_receiver
-from devtools.ports import free_port
+from devtools.otlp import otlp_receiver
 from devtools.postgres import server, temporary_home
+from devtools.service import running_service
+from devtools.traces import ROWS, by_trace, is_complete
 
 RESULTS: Final = ROOT / "docs/phase2/sprint1_results.md"
 BLOCK: Final = re.compile(r"(?<=<!-- sprint1_metrics -->\n).*(?=<!-- /sprint1_metrics -->)", re.DOTALL)
@@ -62,13 +62,6 @@ BODY: Final = {
     "event_type": EVENT.event_type,
     "payload": EVENT.payload,
 }
-
-ROWS: Final = """
-SELECT id::text, request_id, trace_id,
-       prompt_trace.base_log_id IS NOT NULL AS prompt, event_log.base_log_id IS NOT NULL AS event
-FROM mem0_cc.base_log
-LEFT JOIN mem0_cc.prompt_trace ON prompt_trace.base_log_id = id
-LEFT JOIN mem0_cc.event_log ON event_log.base_log_id = id"""
 
 
 @dataclass
@@ -110,50 +103,6 @@ def receive(pipe: Connection) -> None:
             pipe.send(receiver.spans)
 
 
-@contextmanager
-def service(database_url: str, endpoint: str) -> Iterator[str]:
-    """Run the service as scripts/serve does, all spans delivered at the end of the block. Yields its address."""
-    port = free_port()
-    environment = {"DATABASE_URL": database_url, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "PORT": str(port)}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "devtools.serve", "--no-access-log"],
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_until_it_answers(process, f"{address}/openapi.json")
-            yield address
-            process.terminate()
-            process.wait(30)
-        except BaseException:
-            log.seek(0)
-            say(log.read())
-            raise
-        finally:
-            process.kill()
-            process.wait()
-
-
-def wait_until_it_answers(process: subprocess.Popen[bytes], url: str) -> None:
-    """Wait for the service, but not for ever.
-
-    Raises:
-        RuntimeError: It has ended, or does not answer.
-    """
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            httpx.get(url)
-        except httpx.TransportError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("the service did not start")
-
-
 async def load(address: str, requests: int) -> list[dict[str, str]]:
     """Send requests on several connections at once, each as fast as it is answered.
 
@@ -186,48 +135,22 @@ async def stored(database_url: str) -> dict[str, asyncpg.Record]:
         await connection.close()
 
 
-def is_complete(answer: dict[str, str], spans: list[ReceivedSpan], rows: dict[str, asyncpg.Record]) -> bool:
-    """Tell whether a request can be followed from its entry to its rows.
-
-    Args:
-        answer: What the service said to it.
-        spans: All that arrived of the trace that the answer names.
-        rows: See `stored`.
-
-    Returns:
-        Whether there are a server span with `layer=api`, below it a `log_l1` span with `layer=service` for each
-        record, below each an SQL span, all with the answer's request id, and both rows with that id and this trace.
-    """
-    if not answer:
-        return False
-    servers = [span for span in spans if span.kind == Span.SPAN_KIND_SERVER and not span.parent_id]
-    logs = {span.attributes.get("mem0.record_id"): span for span in spans if span.name == "log_l1"}
-    with_sql = {span.parent_id for span in spans if "INSERT INTO mem0_cc." in span.attributes.get("db.statement", "")}
-    records = {answer["prompt_trace_id"]: "prompt", answer["event_log_id"]: "event"}
-    ids = (answer["request_id"], answer["trace_id"])
-    return (
-        [span.attributes.get("layer") for span in servers] == ["api"]
-        and logs.keys() == records.keys()
-        and all(span.parent_id == servers[0].span_id and span.span_id in with_sql for span in logs.values())
-        and all(span.attributes.get("layer") == "service" for span in logs.values())
-        and all(span.attributes.get("request_id") == ids[0] for span in spans)
-        and all(record_id in rows and rows[record_id][kind] for record_id, kind in records.items())
-        and all((rows[record_id]["request_id"], rows[record_id]["trace_id"]) == ids for record_id in records)
-    )
-
-
 def span_complete_rate(database_url: str, requests: int) -> Metric:
     """Measure how many requests under load can be followed from their entry to their rows."""
     say(f"logfire_span_complete_rate: {requests:,} requests on {CONNECTIONS} connections ...")
     with receiver_process() as (endpoint, pipe):
-        with service(database_url, endpoint) as address:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            running_service(
+                database_url, Path(directory, "log"), "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+            ) as service,
+        ):
             start = time.monotonic()
-            answers = asyncio.run(load(address, requests))
+            answers = asyncio.run(load(service.url, requests))
             seconds = time.monotonic() - start
+            service.stop(30)
         pipe.send("spans")
-        traces: dict[str, list[ReceivedSpan]] = defaultdict(list)
-        for span in pipe.recv():
-            traces[span.trace_id].append(span)
+        traces = by_trace(pipe.recv())
     rows = asyncio.run(stored(database_url))
     complete = sum(is_complete(answer, traces[answer.get("trace_id", "")], rows) for answer in answers)
     rate = complete / len(answers)

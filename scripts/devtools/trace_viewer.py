@@ -5,20 +5,18 @@ long as somebody holds the other end of its standard input: the command inherits
 command's last spans and ends after it, however it ends.
 """
 
-import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Final
 
 from devtools import ROOT
-from devtools.ports import HOST, port_of, require_free
+from devtools.ports import HOST, listens, port_of, require_free
+from devtools.waiting import until
 
 START_SECONDS: Final = 30.0
 
@@ -60,7 +58,9 @@ def run(port: int, command: list[str]) -> None:
             start_new_session=True,  # a Ctrl-C is for the command, which then has spans to deliver
         )
     address = f"http://{HOST}:{port}"
-    wait_until_it_listens(viewer, port)
+    until(lambda: listens(port) or viewer.poll() is not None, START_SECONDS, "the viewer listens")
+    if viewer.poll() is not None:
+        raise OSError(f"the viewer did not start:\n{(HOME / 'viewer.log').read_text()}")
     note = f"See the traces at {address}/#/p/cos-cc (password: {password})"
     exporter = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": address,
@@ -86,24 +86,6 @@ def stored_password() -> str:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123 - its mode
             file.write(secrets.token_urlsafe(6))
     return path.read_text()
-
-
-def wait_until_it_listens(viewer: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until the viewer serves.
-
-    Args:
-        viewer: Its process.
-        port: On the loopback interface.
-
-    Raises:
-        OSError: It did not start.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while viewer.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((HOST, port)):
-            return
-        time.sleep(0.05)
-    raise OSError(f"the viewer did not start:\n{(HOME / 'viewer.log').read_text()}")
 
 
 def view() -> None:

@@ -1,23 +1,33 @@
-"""What goes over the wire to PostgreSQL, counted: a proxy in front of its Unix socket or port."""
+"""A proxy in front of PostgreSQL that counts what a client sends, and can stand for a server that is further away."""
 
-import asyncio
 import contextlib
-import tempfile
+import socket
+import socketserver
+import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
 from sqlalchemy import make_url
 
-ROUND_TRIPS = frozenset({b"Q", b"S"})
+from devtools.ports import HOST
+
+ROUND_TRIPS: Final = frozenset({b"Q", b"S"})
 """Frontend messages after which a client waits for the server: Query and Sync (PostgreSQL manual, 54.7)."""
 
 
 class Wire:
-    """The frontend messages seen so far, by type."""
+    """What has passed the proxy, and the way through it.
 
-    def __init__(self) -> None:
+    Attributes:
+        url: A database URL that leads through the proxy.
+        messages: How many frontend messages have passed, by their type.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.messages: Counter[bytes] = Counter()
 
     @property
@@ -26,49 +36,77 @@ class Wire:
         return sum(self.messages[kind] for kind in ROUND_TRIPS)
 
 
-@asynccontextmanager
-async def counted(database_url: str) -> AsyncIterator[tuple[str, Wire]]:
-    """Yield a URL that leads to `database_url` through a proxy, and what passes it.
+@contextmanager
+def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
+    """Run a proxy on a TCP port of the loopback interface. Its threads serve synchronous and asynchronous clients.
 
     Args:
-        database_url: A server on a Unix socket (`?host=DIRECTORY`) or on a TCP port without TLS.
+        database_url: A server on a Unix socket (`?host=DIRECTORY`) or on a TCP port, without TLS.
+        delay: Seconds that each round trip takes longer. Threads that sleep keep to fractions of a millisecond,
+            which the timers of an event loop do not.
+
+    Yields:
+        What passes.
     """
-    url, wire = make_url(database_url), Wire()
+    url = make_url(database_url)
     directory = url.query.get("host")
+    port = url.query.get("port", "5432")
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if isinstance(directory, str):
-            port = url.query.get("port", "5432")
-            server_reader, server_writer = await asyncio.open_unix_connection(f"{directory}/.s.PGSQL.{port}")
-        else:
-            server_reader, server_writer = await asyncio.open_connection(url.host, url.port or 5432)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_count(reader, server_writer, wire))
-            tasks.create_task(_copy(server_reader, writer))
+    class Connection(socketserver.BaseRequestHandler):
+        request: socket.socket
 
-    with tempfile.TemporaryDirectory(prefix="wire-") as home:
-        server = await asyncio.start_unix_server(serve, Path(home) / ".s.PGSQL.5432")
-        query = {**url.query, "host": home, "port": "5432", "sslmode": "disable"}
-        proxied = url.set(host=None, port=None, query=query)
+        def handle(self) -> None:
+            if isinstance(directory, str):
+                postgres = socket.socket(socket.AF_UNIX)
+                postgres.connect(f"{directory}/.s.PGSQL.{port}")
+            else:
+                postgres = socket.create_connection((url.host or HOST, url.port or 5432))
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            answers = threading.Thread(target=_copy, args=(postgres, self.request), daemon=True)
+            answers.start()
+            with contextlib.suppress(OSError):  # one of the two has closed the connection
+                unread, typed = b"", False
+                while data := self.request.recv(65_536):
+                    unread, typed = _count(unread + data, wire.messages, typed=typed)
+                    time.sleep(delay)
+                    postgres.sendall(data)
+            with contextlib.suppress(OSError):
+                postgres.shutdown(socket.SHUT_RDWR)
+            answers.join()
+            postgres.close()
+
+    with socketserver.ThreadingTCPServer((HOST, 0), Connection) as server:
+        server.daemon_threads = True
+        proxied = url.set(host=HOST, port=server.server_address[1], query={"sslmode": "disable"})
+        wire = Wire(proxied.render_as_string(hide_password=False))
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            yield proxied.render_as_string(hide_password=False), wire
+            yield wire
         finally:
-            server.close()
+            server.shutdown()
 
 
-async def _count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wire: Wire) -> None:
-    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-        startup = await reader.readexactly(4)
-        writer.write(startup + await reader.readexactly(int.from_bytes(startup) - 4))
-        while True:
-            head = await reader.readexactly(5)
-            wire.messages[head[:1]] += 1
-            writer.write(head + await reader.readexactly(int.from_bytes(head[1:]) - 4))
-    writer.close()
+def _count(unread: bytes, messages: Counter[bytes], *, typed: bool) -> tuple[bytes, bool]:
+    """Count the messages that are complete, and return the rest.
+
+    Args:
+        unread: What the client has sent since the last complete message.
+        messages: Where to count.
+        typed: Whether the next message begins with its type; the first message of a connection does not.
+    """
+    while len(unread) > 4:  # noqa: PLR2004 - the length's own bytes
+        length = int.from_bytes(unread[typed : typed + 4], "big") + typed
+        if len(unread) < length:
+            break
+        if typed:
+            messages[unread[:1]] += 1
+        unread, typed = unread[length:], True
+    return unread, typed
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65_536):
-            writer.write(data)
-    writer.close()
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    """Copy until one of the two connections ends, then end the other one."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65_536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_RDWR)

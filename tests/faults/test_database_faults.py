@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from backend.cc.deps import Settings, create_sessions
 from backend.cc.services.logging import EventRecord, log_l1
 from devtools.service import Service
+from devtools.waiting import until
 from support.cluster import (
     SLACK,
     TIMEOUT,
@@ -35,7 +36,6 @@ from support.cluster import (
     logged_ids,
     processes,
     stored,
-    until,
     waiting,
 )
 

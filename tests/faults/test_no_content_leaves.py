@@ -15,7 +15,8 @@ from sqlalchemy import make_url
 from backend.cc.deps import Settings, create_sessions
 from backend.cc.services.logging import DatabaseError, EventRecord, PromptRecord, log_l1
 from devtools.otlp import Receiver, otlp_receiver
-from support.cluster import Postgres, Run, fetch, http, until
+from devtools.waiting import until
+from support.cluster import Postgres, Run, fetch, http
 
 PROMPT, PAYLOAD, PASSWORD, ADDRESS, TOKEN, QUERY, HEADER = SENTINELS = [
     f"sentinel-{name}" for name in ("prompt", "payload", "password", "address", "token", "query", "header")

@@ -14,6 +14,8 @@ import pytest
 
 from devtools.otlp import otlp_receiver
 from devtools.service import running_service
+from devtools.traces import ROWS, by_trace, is_complete
+from devtools.waiting import until
 from support.cluster import (
     FAULTS,
     SLACK,
@@ -21,13 +23,11 @@ from support.cluster import (
     Postgres,
     Run,
     faulty_receiver,
-    ids,
+    fetch,
     locked,
     log,
-    logged_ids,
     progress,
     stored,
-    until,
     waiting,
 )
 from support.cluster import http as shared_http
@@ -125,13 +125,10 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 
     assert code in (0, -signal.SIGTERM)  # ended by the signal it was sent, which is how uvicorn says that all went well
     assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
-    written = ids(database_url)
-    arrived: dict[str, set[str]] = {}
-    for span in receiver.spans:
-        arrived.setdefault(span.trace_id, set()).add(span.attributes.get("mem0.record_id", span.name))
+    rows = {row["id"]: row for row in fetch(database_url, ROWS)}
+    traces = by_trace(receiver.spans)
     for answer in answers:
-        assert logged_ids(answer) <= written
-        assert logged_ids(answer) | {"POST /test-log"} <= arrived[answer.json()["trace_id"]]
+        assert is_complete(answer.json(), traces[answer.json()["trace_id"]], rows)
 
 
 def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:

@@ -185,14 +185,6 @@ def progress(line: str) -> None:
     sys.stdout.flush()
 
 
-def until(condition: Callable[[], bool], seconds: float = 15) -> None:
-    """Wait until something is true, and fail if it does not become so."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def processes(service: Service) -> list[psutil.Process]:
     """Return the service's process and its workers."""
     process = psutil.Process(service.process.pid)

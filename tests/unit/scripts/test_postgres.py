@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,17 +21,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from devtools import ROOT, postgres
 from devtools.postgres import Server, ServerError, default_home, server, temporary_home
+from devtools.waiting import until
 
 COMMAND = [sys.executable, "-m", "devtools.postgres"]
 SCRIPTS = {"PYTHONPATH": str(ROOT / "scripts")}
 POSTGRES = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def query(url: str, *statements: str) -> object:
@@ -198,7 +192,7 @@ def test_eight_first_starts_at_once_share_one_server() -> None:
         for user in users:
             user.communicate("\n")
             assert user.returncode == 0
-        eventually(lambda: not postgres._held(home / "supervisor.lock"))
+        until(lambda: not postgres._held(home / "supervisor.lock"))
 
 
 def test_it_stops_when_its_last_user_is_killed(home: Path) -> None:
@@ -208,14 +202,14 @@ def test_it_stops_when_its_last_user_is_killed(home: Path) -> None:
     assert Server(home).answers()
     user.kill()
     user.communicate()
-    eventually(lambda: not Server(home).running())
+    until(lambda: not Server(home).running())
 
 
 def test_a_killed_postmaster_is_started_again_with_the_data(home: Path) -> None:
     with server(home) as url:
         first = postmaster(home)
         os.kill(first, signal.SIGKILL)
-        eventually(lambda: Server(home).answers() and postmaster(home) != first)
+        until(lambda: Server(home).answers() and postmaster(home) != first)
         assert query(url, "SELECT n FROM kept") == 42
 
 
@@ -223,7 +217,7 @@ def test_a_killed_backend_costs_no_data(home: Path) -> None:
     with server(home) as url:
         with pytest.raises((asyncpg.PostgresError, OSError)):
             query(url, "COPY (SELECT) TO PROGRAM 'kill -KILL $PPID'")
-        eventually(Server(home).answers)
+        until(Server(home).answers)
         assert query(url, "SELECT n FROM kept") == 42
 
 
@@ -235,7 +229,7 @@ def test_the_server_of_a_killed_supervisor_is_kept_for_its_users_and_then_stoppe
         with server(home) as url:
             assert query(url, "SELECT n FROM kept") == 42
             assert postmaster(home) == first
-    eventually(lambda: not Server(home).running())
+    until(lambda: not Server(home).running())
 
 
 def test_the_server_of_a_killed_supervisor_is_stopped_by_its_last_user(home: Path) -> None:
@@ -279,7 +273,7 @@ def test_a_pid_file_that_names_a_living_stranger_harms_neither(home: Path) -> No
 
 def test_a_stranger_in_the_pid_file_of_an_orphan_is_not_signalled(home: Path) -> None:
     with supervisor(home) as process:
-        eventually(Server(home).answers)
+        until(Server(home).answers)
         process.kill()
     left = home / "data/postmaster.pid"
     with stranger_of_the_same_user() as stranger:
@@ -294,7 +288,7 @@ def test_a_zombie_is_not_running(home: Path) -> None:
     assert cluster.process
     cluster.process.kill()
     os.waitid(os.P_PID, cluster.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not reaped
-    eventually(lambda: not cluster.running())
+    until(lambda: not cluster.running())
     cluster.start()
     assert query(cluster.url, "SELECT n FROM kept") == 42
     cluster.stop()
@@ -404,7 +398,7 @@ def test_a_command_is_run_with_its_own_exit_code_and_signals(home: Path) -> None
     user.terminate()
     user.communicate()
     assert user.returncode == -signal.SIGTERM
-    eventually(lambda: not Server(home).running())
+    until(lambda: not Server(home).running())
 
 
 def test_a_command_finds_psql_where_the_machine_has_none(home: Path, tmp_path: Path) -> None:
@@ -413,7 +407,7 @@ def test_a_command_finds_psql_where_the_machine_has_none(home: Path, tmp_path: P
     command = [*COMMAND, "run", "--", "sh", "-c", ask]
     environment = {**os.environ, "PATH": str(tmp_path), "CC_POSTGRES_HOME": str(home), **SCRIPTS}
     assert subprocess.check_output(command, env=environment, text=True) == "42\n"
-    eventually(lambda: not Server(home).running())
+    until(lambda: not Server(home).running())
 
 
 def test_a_command_that_does_not_exist_leaves_nothing_behind(home: Path) -> None:

@@ -7,16 +7,15 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 import venv
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
 from devtools import ROOT, serve
-from devtools.ports import free_port
+from devtools.ports import free_port, listens
+from devtools.waiting import until
 
 STUB = """\
 import http.server, os, pathlib
@@ -72,24 +71,12 @@ def run(environment: Path, port: int, *command: str, **variables: str) -> tuple[
     return *process.communicate(timeout=60), process.returncode
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
 def test_a_command_s_traces_go_to_the_viewer_which_ends_after_it(environment: Path) -> None:
     port = free_port()
     *_, code = run(environment, port, sys.executable, "-c", SEND_ONE)
     assert code == 0
     assert (environment / "var/received").read_text() == "/v1/traces True\n"
-    eventually(lambda: is_free(port))
+    until(lambda: not listens(port))
 
 
 def test_the_command_becomes_the_process_so_that_signals_and_the_exit_code_are_its_own(environment: Path) -> None:
@@ -103,10 +90,10 @@ def test_the_viewer_ends_however_the_command_ends(environment: Path, number: int
     command = start(environment, port, sys.executable, "-c", "print('started', flush=True); input()")
     assert command.stdout is not None
     assert command.stdout.readline() == "started\n"
-    assert not is_free(port)
+    assert listens(port)
     os.killpg(command.pid, number)
     command.communicate(timeout=20)
-    eventually(lambda: is_free(port))
+    until(lambda: not listens(port))
 
 
 def test_the_viewer_survives_a_ctrl_c_until_the_command_has_delivered_its_last_spans(environment: Path) -> None:
@@ -129,14 +116,14 @@ def test_without_a_command_the_viewer_runs_alone_and_says_how_to_reach_it(enviro
     os.killpg(viewer.pid, signal.SIGINT)
     assert f"export OTEL_EXPORTER_OTLP_ENDPOINT='http://127.0.0.1:{port}'\n" in list(viewer.stdout)
     viewer.communicate(timeout=20)
-    eventually(lambda: is_free(port))
+    until(lambda: not listens(port))
 
 
 def test_the_password_stays_and_the_key_changes(environment: Path) -> None:
     say = ("sh", "-c", "echo $TRACES_NOTE; echo $OTEL_EXPORTER_OTLP_HEADERS")
     port = free_port()
     first = run(environment, port, *say)[0].splitlines()
-    eventually(lambda: is_free(port))
+    until(lambda: not listens(port))
     second = run(environment, port, *say)[0].splitlines()
     assert first[0] == second[0]
     assert first[1] != second[1]

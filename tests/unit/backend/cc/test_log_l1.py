@@ -100,8 +100,8 @@ async def test_ids_are_uuid7_in_the_order_of_their_calls(session: AsyncSession) 
 
 @pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
 async def test_a_record_is_one_statement_and_one_round_trip(database_url: str, record: Record) -> None:
-    async with counted(database_url) as (url, wire):
-        sessions = create_sessions(Settings(database_url=url))
+    with counted(database_url) as wire:
+        sessions = create_sessions(Settings(database_url=wire.url))
         async with sessions() as session:
             await log_l1(session, record)  # connects and prepares
             wire.messages.clear()
