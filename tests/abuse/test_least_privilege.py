@@ -47,7 +47,6 @@ def urls(postgres_url: str) -> Iterator[dict[str, str]]:
 
 
 def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], tmp_path: Path) -> None:
-    """Break: `ON CONFLICT DO NOTHING` (services/logging.py): name a target, or add RETURNING; both need SELECT."""
     with running_service(urls["cc_runtime"], tmp_path / "service.log") as service:
         for body in ({}, {"content": "hello", "payload": {"k": 1}}):
             answer = httpx.post(f"{service.url}/test-log", json=body)
@@ -88,6 +87,5 @@ def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], t
 
 
 def test_the_role_for_migrations_can_go_back(urls: dict[str, str]) -> None:
-    """Break: the owner of the schema in docs/roles.sql."""
     down = run_alembic(urls["cc_migrations"], "downgrade", "base")
     assert down.returncode == 0, down.stderr

@@ -47,7 +47,6 @@ def assert_unavailable(answer: httpx.Response) -> None:
 
 
 def test_starts_without_its_database_and_recovers_when_it_comes(postgres: Postgres, run: Run) -> None:
-    """Break: connect to the database in `lifespan` (cc_main.py)."""
     postgres.stop()
     with run() as service:
         started = time.monotonic()
@@ -59,7 +58,6 @@ def test_starts_without_its_database_and_recovers_when_it_comes(postgres: Postgr
 
 
 def test_starts_before_its_first_connection_can_be_made_and_recovers(postgres: Postgres, run: Run) -> None:
-    """Break: `timeout=` of `asyncpg.connect` and `deadline` in `_store`."""
     postgres.freeze()
     with run() as service:
         started = time.monotonic()
@@ -72,7 +70,6 @@ def test_starts_before_its_first_connection_can_be_made_and_recovers(postgres: P
 def test_no_request_fails_after_a_restart_that_closed_every_connection(
     postgres: Postgres, service: Service, database_url: str
 ) -> None:
-    """Break: `_refuse_unusable` (deps.py) together with the second try in `_store_autocommit`."""
     before = stored(database_url)["base"]
     with ThreadPoolExecutor(10) as pool:
         for _ in range(3):
@@ -83,10 +80,7 @@ def test_no_request_fails_after_a_restart_that_closed_every_connection(
 
 
 def test_no_request_fails_that_arrives_with_the_news_of_a_restart(postgres: Postgres, service: Service) -> None:
-    """The service is asleep while PostgreSQL restarts, and wakes up to closed connections and new requests at once.
-
-    Break: the second try in `_store_autocommit` (services/logging.py).
-    """
+    """The service is asleep while PostgreSQL restarts, and wakes up to closed connections and new requests at once."""
     with ExitStack() as stack, ThreadPoolExecutor(10) as pool:
         clients = [stack.enter_context(httpx.Client(base_url=service.url, timeout=30)) for _ in range(10)]
 
@@ -106,7 +100,6 @@ def test_no_request_fails_that_arrives_with_the_news_of_a_restart(postgres: Post
 def test_every_acknowledged_record_survives_sigkill_under_load(
     postgres: Postgres, service: Service, database_url: str
 ) -> None:
-    """Break: `raise database_error` in `_store` (swallow it), or write base row and child in two statements."""
     answers: list[httpx.Response] = []
     stop = threading.Event()
     printed = len(service.log)
@@ -146,10 +139,7 @@ def test_every_acknowledged_record_survives_sigkill_under_load(
 
 
 def test_a_frozen_database_is_a_503_within_the_bound_for_30_callers_at_once(postgres: Postgres, run: Run) -> None:
-    """With a bound long enough to tell it from twice as long, which is what asyncpg's own makes of it.
-
-    Break: `deadline` in `_store` (services/logging.py).
-    """
+    """The bound is three seconds: asyncpg alone would take twice as long, and less could not be told from slack."""
     seconds = 3.0
     with run(CC_DB_TIMEOUT_SECONDS=str(seconds)) as service, ThreadPoolExecutor(30) as pool:
         assert {answer.status_code for answer in pool.map(lambda _: log(service), range(30))} == {HTTPStatus.OK}
@@ -165,7 +155,6 @@ def test_a_frozen_database_is_a_503_within_the_bound_for_30_callers_at_once(post
 
 
 def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run) -> None:
-    """Break: `command_timeout=` (deps.py) together with `driver.terminate()` (services/logging.py)."""
     with run(CC_DB_TIMEOUT_SECONDS="0.2") as service, ThreadPoolExecutor(10) as pool:
         until(lambda: log(service).status_code == HTTPStatus.OK)
         list(pool.map(lambda _: log(service), range(20)))
@@ -178,7 +167,6 @@ def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run
 
 
 def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
-    """Break: the turns in `_store` (services/logging.py) together with `pool_timeout=` (deps.py): 0.01."""
     # A bound that no slow machine reaches: nobody is to be turned away.
     with run(CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service, ThreadPoolExecutor(200) as pool:
         before = stored(database_url)["base"]
@@ -188,7 +176,6 @@ def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
 
 @pytest.mark.parametrize("path", ["/test-log", "/joined"])
 def test_a_pool_of_two_has_two_connections_however_many_wait(run: Run, database_url: str, path: str) -> None:
-    """Break: `pool_size=`, `max_overflow=` or `pool_timeout=` in `create_engine` (deps.py)."""
 
     def send(_: int) -> int:
         return http.post(f"{service.url}{path}", json={"content": "hello"}).status_code
@@ -206,7 +193,6 @@ def test_a_pool_of_two_has_two_connections_however_many_wait(run: Run, database_
 
 
 def test_200_clients_of_an_exhausted_pool_wait_no_longer_than_the_bound(service: Service, database_url: str) -> None:
-    """Break: `deadline` in `_store` and `command_timeout=` (each is enough for the other)."""
     until(lambda: log(service).status_code == HTTPStatus.OK)
     with ThreadPoolExecutor(200) as pool:
         with locked(database_url):
@@ -245,7 +231,6 @@ AT_COMMIT = RAISES.replace("{kind}", "CONSTRAINT").replace("{deferred}", "DEFERR
 def test_what_is_not_committed_is_never_acknowledged(
     service: Service, database_url: str, path: str, statement: str, status: int
 ) -> None:
-    """Break: `session.commit()` in `_commit` (leave it out: 200), or `scope="function"` of `DBSession` (deps.py)."""
     name = make_url(database_url).database
     fetch(database_url, statement.replace("{name}", str(name)))
     disconnect_all(database_url)
@@ -270,10 +255,7 @@ def test_what_is_not_committed_is_never_acknowledged(
 def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
     postgres: Postgres, service: Service, path: str, fault: str
 ) -> None:
-    """Twice, because asyncpg gives the server as long again to confirm that it has given the query up.
-
-    Break: `_handle_error`, the `OSError` that `connect` catches (deps.py).
-    """
+    """Twice the bound: asyncpg waits as long again for the server to confirm that the query is cancelled."""
 
     def send() -> httpx.Response:
         return http.post(f"{service.url}{path}", json={"content": "hello"})
@@ -290,7 +272,7 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
 def test_an_endpoint_that_refuses_while_the_database_is_frozen_is_answered_within_twice_the_bound(
     postgres: Postgres, service: Service, database_url: str
 ) -> None:
-    """The rollback is what waits. Break: `contextlib.suppress` in `get_db_session`, or `command_timeout=` (deps.py)."""
+    """The rollback waits for the frozen server."""
     until(lambda: log(service).status_code == HTTPStatus.OK)
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(http.post, f"{service.url}/refuse", json={"seconds": 1})
@@ -304,7 +286,6 @@ def test_an_endpoint_that_refuses_while_the_database_is_frozen_is_answered_withi
 
 
 def test_an_endpoints_own_time_out_is_not_the_databases_fault(service: Service) -> None:
-    """Break: catch `TimeoutError` around `yield session` in `get_db_session` (deps.py)."""
     assert http.post(f"{service.url}/time-out").status_code == HTTPStatus.INTERNAL_SERVER_ERROR
 
 
@@ -322,7 +303,6 @@ LEFT = {
 
 @pytest.mark.parametrize("parser", ["httptools", "h11"])
 def test_a_client_that_leaves_harms_nothing(run: Run, database_url: str, parser: str) -> None:
-    """Break: `except ClientDisconnect` in `json_object` (debug_router.py): a traceback for each of them."""
     with run(f"--http={parser}", CC_DB_POOL_SIZE="2") as service:
         for request, _ in product(LEFT.values(), range(10)):
             with socket.create_connection(("127.0.0.1", service.port)) as client:
@@ -339,10 +319,7 @@ def test_a_client_that_leaves_harms_nothing(run: Run, database_url: str, parser:
 async def test_a_record_whose_caller_is_cancelled_is_whole_or_not_there_and_the_pool_recovers(
     database_url: str, *, transaction: bool
 ) -> None:
-    """Cancelled at sixty moments, from before it begins to after it has ended.
-
-    Break: write base row and child in two statements (`_store_autocommit`).
-    """
+    """The caller is cancelled at sixty moments, from before the call begins to after it has ended."""
     sessions = create_sessions(Settings(database_url=SecretStr(database_url), cc_db_pool_size=1))
     engine: AsyncEngine = sessions.kw["bind"]
 

@@ -73,11 +73,7 @@ def secret_url(postgres: Postgres, database_url: str) -> Iterator[str]:
 
 
 def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_url: str, secret_url: str) -> None:
-    """Every endpoint, every kind of refusal and failure.
-
-    Break: the logger's level, `extra_patterns`, `_drop_exception_text`, `RedactingSpanProcessor` or `_cut_query`
-    (logger_logfire.py), `invalid_request` or the text of `database_unavailable` (cc_main.py); each alone.
-    """
+    """Every endpoint is called, and every kind of refusal and failure happens."""
     answers: list[httpx.Response] = []
 
     with (
@@ -152,7 +148,7 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
 
 @pytest.mark.parametrize("status", [401, 500])
 def test_no_sentinel_is_logged_where_spans_are_refused(run: Run, secret_url: str, status: int) -> None:
-    """The SDK's own complaints name no token. Break: log the token in `configure_logfire` (logger_logfire.py)."""
+    """The OpenTelemetry SDK logs that an export was refused; this line must not contain the token."""
     with (
         otlp_receiver(status=status) as receiver,
         run(
@@ -173,7 +169,6 @@ def test_no_sentinel_is_logged_where_spans_are_refused(run: Run, secret_url: str
 async def test_no_sentinel_is_in_an_exceptions_text(
     postgres: Postgres, database_url: str, secret_url: str, fault: str, *, transaction: bool
 ) -> None:
-    """Break: `from None` or `database_error` (services/logging.py)."""
     if fault == "down":
         postgres.stop()
     else:
@@ -201,7 +196,6 @@ async def test_no_sentinel_is_in_an_exceptions_text(
     [f"mysql://user:{PASSWORD}@{ADDRESS}/db", f"{ADDRESS}:{PASSWORD}", f"postgresql://u:p@x:{PASSWORD}@{ADDRESS}/db"],
 )
 def test_no_sentinel_is_in_what_settings_that_are_wrong_say(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Break: `hide_input_in_errors=True`, or `ValueError` beside `ArgumentError` (deps.py)."""
     monkeypatch.setenv("DATABASE_URL", url)
     with pytest.raises(ValidationError) as caught:
         Settings()

@@ -39,7 +39,6 @@ def connections(url: str) -> int:
 
 @pytest.mark.soak
 def test_nothing_grows_under_a_steady_load(database_url: str, tmp_path: Path) -> None:
-    """Break: keep every request somewhere, e.g. append its id to a list in `RequestIDMiddleware`."""
     before = stored(database_url)["base"]
     stop = threading.Event()
     samples: list[tuple[int, int, float, float]] = []
@@ -88,7 +87,6 @@ def test_nothing_grows_under_a_steady_load(database_url: str, tmp_path: Path) ->
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 def test_memory_is_bounded_while_the_receiver_fails(database_url: str, tmp_path: Path, fault: str) -> None:
-    """Break: `OTEL_BSP_MAX_QUEUE_SIZE` in `_BATCHES` (logger_logfire.py): 10,000,000."""
     with ExitStack() as stack:
         endpoint = stack.enter_context(faulty_receiver(fault))
         service = stack.enter_context(

@@ -61,12 +61,10 @@ def medians_of_a_request(database_url: str, tmp_path: Path, fault: str) -> dict[
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: str, tmp_path: Path, fault: str) -> None:
-    """Beside spans that are recorded and go nowhere, and a receiver that works.
+    """The receiver that fails is compared with one that works, and with spans that are recorded but not exported.
 
-    Three times, since two processes of the same service differ by several per cent for as long as they live.
-
-    Break: export in the request: a SimpleSpanProcessor on an OTLP exporter among `additional_span_processors`
-    (logger_logfire.py).
+    The comparison is made three times, because two processes of the same service differ by several per cent for as
+    long as they live.
     """
     measured = [medians_of_a_request(database_url, tmp_path, fault) for _ in range(3)]
     for medians in measured:
@@ -78,11 +76,7 @@ def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: s
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fault: str, number: int) -> None:
-    """After SIGINT the interpreter ends as it usually does, with all that libraries have registered for its end.
-
-    Break: in `flush_logfire` (logger_logfire.py) the bound of `thread.join`; for SIGINT also `daemon=True`, or
-    `atexit.unregister`. All but the receiver that answers 500 notice: that one is slow to nobody.
-    """
+    """After SIGINT the interpreter runs the exit handlers that libraries have registered; after SIGTERM it does not."""
     with faulty_receiver(fault) as endpoint, run(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as service:
         with closing(Client(service)) as client:
             client.send(200)
@@ -94,10 +88,7 @@ def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fau
 def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
     run: Run, database_url: str, workers: int
 ) -> None:
-    """Every answer is a 200, its records are there, and its whole trace has arrived.
-
-    Break: `flush_logfire` in `lifespan` (cc_main.py).
-    """
+    """Every answer is a 200, its records are there, and its whole trace has arrived."""
     answers: list[httpx.Response] = []
 
     with (
@@ -132,7 +123,6 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 
 
 def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:
-    """Break: end the process in `lifespan` before `yield` returns, or in a signal handler (cc_main.py)."""
     with run("--app-dir=tests", app="support.endpoints:app") as service, ThreadPoolExecutor(1) as pool:
         before = stored(database_url)["event"]
         slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
@@ -143,7 +133,7 @@ def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> No
 
 
 def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run: Run, database_url: str) -> None:
-    """Ten connections, each of which would wait for the bound. Break: the time limit of `dispose` (cc_main.py)."""
+    """Each of the ten connections would wait for the bound, one after the other."""
     with run(CC_DB_TIMEOUT_SECONDS="5") as service, ThreadPoolExecutor(10) as pool:
         with locked(database_url):
             answers = [pool.submit(log, service) for _ in range(10)]
@@ -154,7 +144,7 @@ def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run
 
 
 def test_sigterm_does_not_wait_for_a_client_that_never_finishes(run: Run) -> None:
-    """Break: nothing in src; shows that `--timeout-graceful-shutdown`, which `serve` and README.md set, is enough."""
+    """`--timeout-graceful-shutdown`, which ./scripts/serve and README.md set, is enough."""
     with run("--timeout-graceful-shutdown=1") as service:
         assert log(service).status_code == HTTPStatus.OK
         with socket.create_connection(("127.0.0.1", service.port)) as client:

@@ -273,7 +273,6 @@ async def test_a_commit_that_fails_is_never_a_2xx(client: httpx.AsyncClient, db:
 async def test_a_transaction_that_went_on_after_an_error_is_never_a_2xx(
     client: httpx.AsyncClient, db: asyncpg.Connection
 ) -> None:
-    """Break: `connection_class=_Connection` (deps.py)."""
     assert (await client.post("/ignoring-an-error")).status_code == 500
     assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
     assert (await client.post("/after-a-query")).status_code == 200

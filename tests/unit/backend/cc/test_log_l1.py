@@ -608,7 +608,6 @@ async def test_a_transaction_that_somebody_left_on_the_connection_costs_no_recor
     leave: Callable[[asyncpg.Connection], Awaitable[None]],
     begin: Callable[[AsyncSession], AbstractAsyncContextManager[object]],
 ) -> None:
-    """Break: `_refuse_unusable` (deps.py)."""
     async with sessions() as session:
         driver = (await (await session.connection()).get_raw_connection()).driver_connection
         await session.rollback()
@@ -621,7 +620,6 @@ async def test_a_transaction_that_somebody_left_on_the_connection_costs_no_recor
 async def test_a_transaction_that_begins_after_the_checkout_costs_no_record(
     sessions: Sessions, db: asyncpg.Connection
 ) -> None:
-    """Break: `is_in_transaction` in `_store_autocommit`."""
     event.remove(sessions.kw["bind"].sync_engine, "checkout", _refuse_unusable)
     async with sessions() as session:
         driver = (await (await session.connection()).get_raw_connection()).driver_connection
