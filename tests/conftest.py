@@ -28,13 +28,25 @@ from backend.cc.cc_main import create_app  # noqa: E402
 from backend.cc.deps import Settings, create_sessions  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each benchmark as a test that measures time."""
+    for item in items:
+        if "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timing)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """The server that all tests share: CC_TEST_DATABASE_URL, or an embedded one that is thrown away."""
+    """The server that the tests of a process share: CC_TEST_DATABASE_URL, or an embedded one that is thrown away."""
     if url := os.environ.get("CC_TEST_DATABASE_URL"):
         yield make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         return
     with temporary_home() as home, server(home) as url:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # Most tests copy a database, and several workers would wait for one disk. The data need not survive a
+            # failure of the machine. The benchmarks run in no worker, so that their commits are durable.
+            asyncio.run(execute(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"))
         yield url
 
 

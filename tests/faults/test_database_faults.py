@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from http import HTTPStatus
@@ -19,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from backend.cc.deps import Settings, create_sessions
 from backend.cc.services.logging import EventRecord, log_l1
-from devtools.service import Service
+from devtools.service import Service, running_service
 from devtools.waiting import until
 from support.cluster import (
     SLACK,
@@ -166,24 +167,32 @@ def test_a_frozen_database_does_not_pile_up_sockets(postgres: Postgres, run: Run
         until(lambda: process.num_fds() <= before + 3, seconds=5)
 
 
-def test_a_pool_of_two_serves_200_clients(run: Run, database_url: str) -> None:
-    # A bound that no slow machine reaches: nobody is to be turned away.
-    with run(CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service, ThreadPoolExecutor(200) as pool:
+@pytest.fixture(scope="module")
+def service_with_two(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a pool of two connections, and a bound that no slow machine reaches: it turns no request away."""
+    log_path = tmp_path_factory.mktemp("two") / "service.log"
+    environment = {"CC_DB_POOL_SIZE": "2", "CC_DB_TIMEOUT_SECONDS": "30"}
+    arguments = ("--no-access-log", "--app-dir=tests")
+    with running_service(database_url, log_path, *arguments, app="support.endpoints:app", **environment) as service:
+        yield service
+
+
+def test_a_pool_of_two_serves_200_clients(service_with_two: Service, database_url: str) -> None:
+    with ThreadPoolExecutor(200) as pool:
         before = stored(database_url)["base"]
-        assert {answer.status_code for answer in pool.map(lambda _: log(service), range(400))} == {HTTPStatus.OK}
+        answers = pool.map(lambda _: log(service_with_two), range(400))
+        assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
         assert stored(database_url)["base"] == before + 800
 
 
 @pytest.mark.parametrize("path", ["/test-log", "/joined"])
-def test_a_pool_of_two_has_two_connections_however_many_wait(run: Run, database_url: str, path: str) -> None:
-
+def test_a_pool_of_two_has_two_connections_however_many_wait(
+    service_with_two: Service, database_url: str, path: str
+) -> None:
     def send(_: int) -> int:
-        return http.post(f"{service.url}{path}", json={"content": "hello"}).status_code
+        return http.post(f"{service_with_two.url}{path}", json={"content": "hello"}).status_code
 
-    with (
-        run("--app-dir=tests", app="support.endpoints:app", CC_DB_POOL_SIZE="2", CC_DB_TIMEOUT_SECONDS="30") as service,
-        ThreadPoolExecutor(50) as pool,
-    ):
+    with ThreadPoolExecutor(50) as pool:
         with locked(database_url):
             answers = [pool.submit(send, number) for number in range(50)]
             until(lambda: waiting(database_url) >= 2)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -77,6 +78,12 @@ class Abused:
         """Run a query."""
         rows: list[asyncpg.Record] = self.runner.run(self.database.fetch(query, *values))
         return rows
+
+    @cached_property
+    def documented(self) -> set[str]:
+        """The statuses that the service's own description names for `POST /test-log`."""
+        openapi = self.send_raw(b"GET /openapi.json HTTP/1.1\r\nHost: cc\r\n\r\n").json()
+        return set(openapi["paths"]["/test-log"]["post"]["responses"])
 
     def records(self) -> int:
         """Count all rows of all tables."""
