@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from uuid import uuid4
 
@@ -16,6 +17,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from devtools.postgres import server, temporary_home
 from support.database import execute, new_database, run_alembic, with_database
+
+# In a run that was started with SIGINT ignored, as `&` in a script does, a child would inherit that, and a test that
+# interrupts its child would wait for ever. A signal that has a handler here is reset to its default in a child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports cc_main, whose last line builds the service from the environment: tests build
 # their own, nothing is sent anywhere, and no developer's settings shine through.
