@@ -94,7 +94,7 @@ class Server:
                 self.process = process = subprocess.Popen(
                     [sys.executable, "-m", "devtools.postgres", "supervise", self.home, str(lock.fileno())],
                     cwd="/",
-                    env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), *sys.path])},
                     pass_fds=(lock.fileno(),),
                     stdin=subprocess.PIPE,
                     stdout=log,
