@@ -27,7 +27,7 @@ from devtools import ROOT
 from devtools.waiting import until
 
 _START_SECONDS = 60.0  # for `initdb` on a slow disk, or for the recovery after a crash
-_STOP_SECONDS = 15.0  # for each of three ways to stop PostgreSQL: its fast shutdown, its immediate one, and a kill
+_STOP_SECONDS = 20.0  # for the last checkpoint; then PostgreSQL is killed
 
 
 class ServerError(RuntimeError):
@@ -152,14 +152,14 @@ def default_home() -> Path:
 def _run(command: list[str]) -> None:
     """Become a command that uses the PostgreSQL of the default home: the one that runs, or one of its own.
 
-    The command replaces this process, so that it receives the signals and its exit code is the caller's. It finds
-    `psql` where the machine has none.
+    The command replaces this process, so that it receives the signals and its exit code is the caller's.
     """
     cluster = Server(default_home())
     if not cluster.answers():
         cluster.start()
     if cluster.process is not None and cluster.process.stdin is not None:
         os.set_inheritable(cluster.process.stdin.fileno(), True)  # noqa: FBT003
+    # The wheel's psql, where the machine has none.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(_pginstall() / "bin")])
     os.execvpe(command[0], command, os.environ | {"DATABASE_URL": cluster.url, "PATH": path})  # noqa: S606
 
@@ -185,23 +185,16 @@ def _supervise(cluster: Server, lock: int) -> int:
     # program by now, and PostgreSQL would then refuse to start.
     (data / "postmaster.pid").unlink(missing_ok=True)
     _make_private(cluster.socket)
-    settings = (
-        "--listen_addresses=",
-        f"--unix_socket_directories={cluster.socket}",
-        "--port=5432",
-        "--max_connections=300",
-    )
-    postmaster = subprocess.Popen((binaries / "postgres", "-D", data, *settings), **options)
+    command = (binaries / "postgres", "-D", data, f"--unix_socket_directories={cluster.socket}", "--listen_addresses=")
+    postmaster = subprocess.Popen((*command, "--port=5432", "--max_connections=300"), **options)
     while postmaster.poll() is None and not select.select([sys.stdin], [], [], 0.1)[0]:
         pass
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-        postmaster.send_signal(number)
-        postmaster.send_signal(signal.SIGCONT)  # a suspended process would not see the other signal
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            postmaster.wait(_STOP_SECONDS)
-            break
+    postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        postmaster.wait(_STOP_SECONDS)
+    postmaster.kill()  # nothing, if it has ended; otherwise the next start recovers
     shutil.rmtree(cluster.socket, ignore_errors=True)
-    return postmaster.returncode
+    return postmaster.wait()
 
 
 def _open_lock(home: Path) -> IO[bytes]:

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,13 +145,6 @@ def test_the_supervisor_ends_with_a_killed_postmaster(cluster: Server) -> None:
     assert cluster.process.wait(10) != 0
     cluster.start()
     assert query(cluster.url, "SELECT n FROM kept") == 42
-
-
-def test_a_suspended_server_is_stopped_in_its_usual_time(cluster: Server) -> None:
-    processes(cluster)[1].suspend()
-    started = time.monotonic()
-    cluster.stop()
-    assert time.monotonic() - started < 10
 
 
 def test_a_second_user_is_told_what_to_do_and_the_first_keeps_its_server(cluster: Server) -> None:
