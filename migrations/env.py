@@ -1,53 +1,69 @@
 """Run migrations on the database that DATABASE_URL names."""
 
 import asyncio
+from functools import partial
+from typing import Final
 
 from alembic import context
 from alembic.util import CommandError
 from pydantic import ValidationError
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import Connection, NullPool, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from backend.cc.deps import Settings, create_engine
+from backend.cc.config import Settings
+from backend.cc.database import Connecting
+from backend.cc.errors import database_error
 from backend.cc.mem0_models import SCHEMA, Base
-from backend.cc.services.logging import database_error
 
-ADVISORY_LOCK = 0x636F735F6363
-"""Key of the lock under which migrations run ("cos_cc" in ASCII): of several `upgrade head` at once, one
-works and the others wait, then find nothing to do."""
+ADVISORY_LOCK: Final = 0x636F735F6363
+"""Key of the lock under which migrations run ("cos_cc" in ASCII). Of several `upgrade head` at once one works, and the
+others wait, then find nothing to do."""
 
-TURN_TIMEOUT = "60s"
+TURN_TIMEOUT: Final = "60s"
 """How long to wait for another migration to end."""
 
-LOCK_TIMEOUT = "5s"
-"""How long to wait for a table that the running service uses: its inserts queue up behind us meanwhile."""
+LOCK_TIMEOUT: Final = "5s"
+"""How long to wait for a table that the running service uses. Its inserts queue up behind a waiting migration."""
 
-_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE = "42501", "55P03"
+PARTITIONED: Final = "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass('mem0_cc.base_log')"
+"""Whether docs/partitions.sql was run here (docs/decisions/0012)."""
+
+OPERATORS_TO_MEND: Final = frozenset({"08", "28", "3D", "42501", "42P07", "55P03"})
+"""SQLSTATEs, and classes of them, that an operator can mend, so that a line says more than a traceback: no connection,
+login refused, no such database, a missing privilege, a table that exists already, a lock."""
 
 
 def include_name(name: str | None, type_: str, parent_names: object) -> bool:
-    """Look at our own schema only: what else lives in the database is none of our business."""
+    """Compare the service's own schema only: other parts of the database belong to others."""
     return name == SCHEMA if type_ == "schema" else True
 
 
 def migrate(connection: Connection) -> None:
     """Run the migrations, or `alembic check`, on a connection."""
-    # All in one transaction, the schema included: a migration that fails leaves nothing behind. The lock
-    # is released with the transaction, or with the connection if this process dies.
+    # One transaction holds all of it, the schema included: a migration that fails leaves nothing behind. The lock is
+    # released with the transaction, or with the connection if this process dies.
     with connection.begin():
         encoding = connection.scalar(text("SHOW server_encoding"))
-        if encoding not in ("UTF8", "SQL_ASCII"):
+        if encoding != "UTF8":
             raise CommandError(f"the database's encoding must be UTF8: {encoding} can't hold every prompt")
+        if connection.scalar(text("SELECT current_schema()")) in (None, SCHEMA):
+            raise CommandError(f"search_path must begin with a schema for Alembic's own table, and not with {SCHEMA}")
         connection.execute(text(f"SET LOCAL lock_timeout = '{TURN_TIMEOUT}'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
         connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
-        configure(connection=connection)
+        # The foreign keys of a partitioned store are on its partitions, in a schema that Alembic does not look at.
+        partitioned = connection.scalar(text(PARTITIONED))
+        configure(
+            connection=connection,
+            include_object=lambda _item, _name, kind, *_: not partitioned or kind != "foreign_key_constraint",
+        )
         with context.begin_transaction():
             context.run_migrations()
 
 
 def configure(**options: object) -> None:
-    """Tell Alembic what is ours, and to keep its own table in the default schema, where it outlives ours."""
+    """Tell Alembic which schema is the service's, and to keep its own table in the default schema, which stays."""
     context.configure(
         target_metadata=Base.metadata,
         version_table="alembic_version_cos_cc",
@@ -59,26 +75,22 @@ def configure(**options: object) -> None:
 
 
 async def migrate_online() -> None:
-    """Connect and migrate. What whoever runs it can mend is said in a line, not in a traceback."""
+    """Connect and migrate. An error that an operator can mend is one line, not a traceback."""
     try:
-        engine = create_engine(Settings())
+        creator = partial(Connecting, Settings())
     except ValidationError as error:
         raise CommandError(str(error)) from None
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=creator, poolclass=NullPool)
     try:
-        connection = await engine.connect()
+        async with engine.connect() as connection:
+            # A migration that waited for another one must see what that one did, whatever the server's default is.
+            await connection.execution_options(isolation_level="READ COMMITTED")
+            await connection.run_sync(migrate)
     except SQLAlchemyError as error:
-        raise CommandError(str(database_error(error))) from None
-    try:
-        # Whoever waited for another's migration has to see what it did, whatever the database's default is.
-        await connection.execution_options(isolation_level="READ COMMITTED")
-        await connection.run_sync(migrate)
-    except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) not in (_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE):
-            raise
-        raise CommandError(str(database_error(error))) from None
-    finally:
-        await connection.close()
-        await engine.dispose()
+        meaning = database_error(error)
+        if {meaning.code, meaning.code[:2]} & OPERATORS_TO_MEND:
+            raise CommandError(str(meaning)) from None
+        raise
 
 
 if context.is_offline_mode():

@@ -9,14 +9,13 @@ from uuid import uuid4
 import asyncpg
 import httpx
 import pytest
-from fastapi import FastAPI
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from devtools.postgres import server, temporary_home
-from support.database import execute, new_database, run_alembic, with_database
+from support.database import execute, migrate, new_database, with_database
 
 # In a run that was started with SIGINT ignored, as `&` in a script does, a child would inherit that, and a test that
 # interrupts its child would wait for ever. A signal that has a handler here is reset to its default in a child.
@@ -29,8 +28,9 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
 
-from backend.cc.cc_main import create_app  # noqa: E402
-from backend.cc.deps import Settings, create_sessions  # noqa: E402
+from backend.cc.cc_main import Service, create_app  # noqa: E402
+from backend.cc.config import Settings  # noqa: E402
+from backend.cc.database import Database  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,10 +48,6 @@ def postgres_url() -> Iterator[str]:
         yield make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         return
     with temporary_home() as home, server(home) as url:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            # Most tests copy a database, and several workers would wait for one disk. The data need not survive a
-            # failure of the machine. The benchmarks run in no worker, so that their commits are durable.
-            asyncio.run(execute(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"))
         yield url
 
 
@@ -60,8 +56,7 @@ def template(postgres_url: str) -> Iterator[str]:
     """The name of a database made by the real migrations, to be cloned."""
     name = f"template_{uuid4().hex}"
     asyncio.run(execute(postgres_url, f"CREATE DATABASE {name}"))
-    migrated = run_alembic(with_database(postgres_url, name), "upgrade", "head")
-    assert migrated.returncode == 0, migrated.stderr
+    migrate(with_database(postgres_url, name))
     yield name
     asyncio.run(execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
@@ -95,17 +90,16 @@ def settings(database_url: str) -> Settings:
 
 
 @pytest.fixture
-async def sessions(settings: Settings) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
-    """The service's sessions, without the service."""
-    sessions = create_sessions(settings)
-    yield sessions
-    await sessions.kw["bind"].dispose()
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    """The service's connections, without the service."""
+    async with Database(settings) as database:
+        yield database
 
 
 @pytest.fixture
-async def session(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[AsyncSession]:
-    """One of them."""
-    async with sessions() as session:
+async def session(database: Database) -> AsyncIterator[AsyncSession]:
+    """A session of theirs."""
+    async with database.session() as session:
         yield session
 
 
@@ -116,15 +110,15 @@ def exporter() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-async def app(settings: Settings, exporter: InMemorySpanExporter) -> AsyncIterator[FastAPI]:
+async def app(settings: Settings, exporter: InMemorySpanExporter) -> AsyncIterator[Service]:
     """The service, its spans going to `exporter`."""
     app = create_app(settings, span_processors=[SimpleSpanProcessor(exporter)])
     yield app
-    await app.state.sessions.kw["bind"].dispose()
+    await app.database.aclose()
 
 
 @pytest.fixture
-async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: Service) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `app`, to which an unhandled exception is a 500, as to any other."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:

@@ -1,14 +1,13 @@
 """Measure the PRD's success metrics: what scripts/sprint1_metrics does once everything is installed.
 
-Everything is real and the measurement's own: an embedded PostgreSQL that is thrown away, the service
-in uvicorn, and an OTLP receiver, each in a process of its own.
+Everything is real and the measurement's own: an embedded PostgreSQL that is thrown away, the service in uvicorn, and an
+OTLP receiver.
 """
 
 import argparse
 import asyncio
 import gc
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,9 +29,11 @@ import httpx
 import uvloop
 from uuid_utils.compat import uuid7
 
-from backend.cc.deps import Settings, create_sessions
-from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, EventRecord, PromptRecord, Record, log_l1
-from common.logger_logfire import configure_logfire, flush_logfire
+from backend.cc.config import Settings
+from backend.cc.database import Database
+from backend.cc.records import EventRecord, PromptRecord, Record
+from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, log_l1
+from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import generate_request_id
 from devtools import ROOT
 from devtools.otlp import otlp_receiver
@@ -83,24 +83,13 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def receiver_process() -> Iterator[tuple[str, Connection]]:
-    """Run an OTLP receiver. Yields its endpoint, and a pipe that answers anything sent with all its spans."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=receive, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield ours.recv(), ours
-    finally:
-        process.terminate()
-        process.join()
-
-
-def receive(pipe: Connection) -> None:
-    """Be the receiver's process."""
-    with otlp_receiver() as receiver:
-        pipe.send(receiver.endpoint)
-        while pipe.recv():
-            pipe.send(receiver.spans)
+def receiver_process() -> Iterator[str]:
+    """Run an OTLP receiver that keeps nothing, in a process of its own: it takes no time of this one's."""
+    with subprocess.Popen([sys.executable, "-m", "devtools.otlp"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield str(process.stdout and process.stdout.readline().strip())
+        finally:
+            process.kill()
 
 
 async def load(address: str, requests: int) -> list[dict[str, str]]:
@@ -138,19 +127,14 @@ async def stored(database_url: str) -> dict[str, asyncpg.Record]:
 def span_complete_rate(database_url: str, requests: int) -> Metric:
     """Measure how many requests under load can be followed from their entry to their rows."""
     say(f"logfire_span_complete_rate: {requests:,} requests on {CONNECTIONS} connections ...")
-    with receiver_process() as (endpoint, pipe):
-        with (
-            tempfile.TemporaryDirectory() as directory,
-            running_service(
-                database_url, Path(directory, "log"), "--no-access-log", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
-            ) as service,
-        ):
+    with otlp_receiver() as receiver, tempfile.TemporaryDirectory() as directory:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}
+        with running_service(database_url, Path(directory, "log"), "--no-access-log", **environment) as service:
             start = time.monotonic()
             answers = asyncio.run(load(service.url, requests))
             seconds = time.monotonic() - start
             service.stop(30)
-        pipe.send("spans")
-        traces = by_trace(pipe.recv())
+        traces = by_trace(receiver.spans)
     rows = asyncio.run(stored(database_url))
     complete = sum(is_complete(answer, traces[answer.get("trace_id", "")], rows) for answer in answers)
     rate = complete / len(answers)
@@ -167,7 +151,7 @@ async def insert_times(database_url: str, calls: int) -> dict[str, list[float]]:
         Milliseconds of every call, by name.
     """
     connection = await asyncpg.connect(database_url)
-    sessions = create_sessions(Settings(database_url=database_url))
+    database = Database(Settings(database_url=database_url))
     payload = json.dumps(EVENT.payload)
     trace_id = "0af7651916cd43dd8448eb211c80319c"
 
@@ -183,7 +167,7 @@ async def insert_times(database_url: str, calls: int) -> dict[str, list[float]]:
         await log_l1(session, record)
 
     times: dict[str, list[float]] = {"log_l1": [], "bare": []}
-    async with sessions() as session:
+    async with database.session() as session:
         for number in range(WARM_UP + calls):
             if number == WARM_UP:  # as the service does at the end of its start-up
                 gc.collect()
@@ -194,18 +178,18 @@ async def insert_times(database_url: str, calls: int) -> dict[str, list[float]]:
                 if number >= WARM_UP:
                     times[name].append((time.perf_counter() - start) * 1000)
     await connection.close()
-    await sessions.kw["bind"].dispose()
+    await database.aclose()
     return times
 
 
 def insert_p95(database_url: str, calls: int) -> Metric:
     """Measure `log_l1` with tracing on and its spans exported, beside the least that it could cost."""
     say(f"mem0_insert_p95_ms: {calls:,} records, in turns with the bare statement ...")
-    with receiver_process() as (endpoint, _):
+    with receiver_process() as endpoint:
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint
         configure_logfire("cos-cc", otlp=True)
         times = uvloop.run(insert_times(database_url, calls))
-        flush_logfire(5)
+        shutdown_logfire(5)
         del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
     p95 = {name: statistics.quantiles(values, n=100)[94] for name, values in times.items()}
     p50 = {name: statistics.median(values) for name, values in times.items()}
@@ -275,6 +259,8 @@ def main() -> int:
     arguments = parser.parse_args()
 
     with temporary_home() as home, server(home) as database_url:
+        migrate = [sys.executable, "-m", "alembic", "upgrade", "head"]
+        subprocess.run(migrate, cwd=ROOT, env={**os.environ, "DATABASE_URL": database_url}, check=True)
         measured_on = machine(database_url)
         rate = span_complete_rate(database_url, arguments.requests)
         latency = insert_p95(database_url, arguments.calls)

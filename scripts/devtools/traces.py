@@ -21,10 +21,14 @@ RECORDS: Final = 2
 
 
 def by_trace(spans: Iterable[ReceivedSpan]) -> dict[str, list[ReceivedSpan]]:
-    """Group spans by their trace id; an id that has none is an empty group."""
+    """Group spans by their trace id; an id that has none is an empty group.
+
+    Logfire's pending spans are left out. With a token each span is also sent when it starts, for the live view.
+    """
     traces: dict[str, list[ReceivedSpan]] = defaultdict(list)
     for span in spans:
-        traces[span.trace_id].append(span)
+        if span.attributes.get("logfire.span_type") != "pending_span":
+            traces[span.trace_id].append(span)
     return traces
 
 
@@ -35,16 +39,16 @@ def is_whole(spans: list[ReceivedSpan]) -> bool:
         spans: All that arrived of one trace.
 
     Returns:
-        Whether there are one server span with `layer=api`, below it a `log_l1` span with `layer=service` for each
-        record, below each of these an SQL span, and one request id on all of them.
+        Whether there are one server span with `layer=api`, below it a `log_l1` span with `layer=service` and its
+        statement for each record, and one request id on all of them.
     """
     servers = [span for span in spans if span.kind == Span.SPAN_KIND_SERVER and not span.parent_id]
     services = [span for span in spans if span.name == "log_l1"]
-    with_sql = {span.parent_id for span in spans if "INSERT INTO mem0_cc." in span.attributes.get("db.statement", "")}
     return (
         [span.attributes.get("layer") for span in servers] == ["api"]
         and [span.attributes.get("layer") for span in services] == ["service"] * RECORDS
-        and all(span.parent_id == servers[0].span_id and span.span_id in with_sql for span in services)
+        and all(span.parent_id == servers[0].span_id for span in services)
+        and all("INSERT INTO mem0_cc." in span.attributes.get("db.query.text", "") for span in services)
         and len({span.attributes.get("request_id") for span in spans}) == 1
     )
 

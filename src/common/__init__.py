@@ -1,1 +1,1 @@
-"""What every COS module shares: the request id and the start of tracing."""
+"""What every COS module shares: the request id, the start of tracing, and log lines."""

@@ -1,4 +1,4 @@
-"""Requests as nobody's client library would send them, and what the database holds afterwards."""
+"""Requests that no client library would send, and what the database holds afterwards."""
 
 import asyncio
 import contextlib

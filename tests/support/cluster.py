@@ -114,11 +114,11 @@ def fetch(url: str, query: str) -> list[asyncpg.Record]:
 
 
 @contextlib.contextmanager
-def locked(url: str) -> Iterator[None]:
-    """Keep every writer waiting."""
+def locked(url: str, table: str = "mem0_cc.base_log") -> Iterator[None]:
+    """Make every statement that uses a table wait."""
     with asyncio.Runner() as runner:
         connection = runner.run(asyncpg.connect(url))
-        runner.run(connection.execute("BEGIN; LOCK TABLE mem0_cc.base_log"))
+        runner.run(connection.execute(f"BEGIN; LOCK TABLE {table}"))
         try:
             yield
         finally:

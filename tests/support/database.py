@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import asyncpg
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import make_url
 
 from devtools import ROOT
@@ -23,11 +25,22 @@ def run_alembic(url: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "alembic", *args],
         cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": url},
+        # Without Logfire's plugin of pydantic, which is a third of the time and does nothing here.
+        env={**os.environ, "DATABASE_URL": url, "PYDANTIC_DISABLE_PLUGINS": "__all__"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def migrate(url: str) -> None:
+    """Make the schema in an empty database, in this process, which takes a tenth of the time of another one."""
+    before = os.environ["DATABASE_URL"]
+    os.environ["DATABASE_URL"] = url
+    try:
+        command.upgrade(Config(ROOT / "alembic.ini", ROOT / "pyproject.toml"), "head")
+    finally:
+        os.environ["DATABASE_URL"] = before
 
 
 async def execute(url: str, *statements: str) -> None:

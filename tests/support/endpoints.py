@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from backend.cc.cc_main import app
 from backend.cc.deps import DBSession, LogL1
-from backend.cc.services.logging import EventRecord, PromptRecord
+from backend.cc.records import EventRecord, PromptRecord
 
 __all__ = ["app"]
 

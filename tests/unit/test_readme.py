@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 
-from backend.cc.deps import Settings
+from backend.cc.config import Settings
 from devtools import ROOT, serve
 from devtools.otlp import otlp_receiver
 from devtools.service import running_service

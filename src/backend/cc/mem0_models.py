@@ -32,27 +32,18 @@ class Base(DeclarativeBase):
 class BaseLog(Base):
     """What every record has: when, where, in which request, in which trace.
 
-    Every key of the three tables is the record's id: one record is one id, and the schema can be
-    distributed by it.
+    The key of all three tables is the record's id, so that they can be distributed or partitioned by it.
     """
 
     __tablename__ = "base_log"
-    __table_args__ = (
-        Index(None, "request_id"),
-        Index(None, "trace_id"),
-        Index(None, "timestamp"),
-    )
+    __table_args__ = (Index(None, "request_id"), Index(None, "trace_id"), Index(None, "timestamp"))
 
+    # A UUIDv7 of the client's. It is ordered by time, so that inserts stay at the right edge of the index.
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    """UUIDv7, made by the client: time-ordered, so that inserts stay at the right edge of the index."""
-    timestamp: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    """When the record was handed to `log_l1`, by the service's clock."""
-    source_module: Mapped[str] = mapped_column(String(NAME_LENGTH))
-    """The module that wrote it: "cc"."""
-    request_id: Mapped[str] = mapped_column(String(NAME_LENGTH))
-    """The id that the answer's `X-Request-ID` says and every span of the request carries."""
-    trace_id: Mapped[str] = mapped_column(String(32))
-    """The trace's id, 32 hexadecimal digits (W3C Trace Context)."""
+    timestamp: Mapped[datetime] = mapped_column(DateTime(timezone=True))  # of the call, by the service's clock
+    source_module: Mapped[str] = mapped_column(String(NAME_LENGTH))  # "cc"
+    request_id: Mapped[str] = mapped_column(String(NAME_LENGTH))  # also in the response's X-Request-ID and on spans
+    trace_id: Mapped[str] = mapped_column(String(32))  # hexadecimal (W3C Trace Context)
 
 
 class PromptTrace(Base):

@@ -1,19 +1,20 @@
 import logging
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import ModuleType
 
-import asyncpg
 import logfire
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
 
-from common.logger_logfire import configure_logfire, flush_logfire
+from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import request_id_var
 from devtools.otlp import ReceivedSpan, Receiver, otlp_receiver
 
@@ -63,7 +64,7 @@ def test_a_forgotten_credentials_folder_is_no_token(
 
 
 def spans_named(receiver: Receiver, name: str) -> list[ReceivedSpan]:
-    assert flush_logfire(timeout=10)
+    assert shutdown_logfire(timeout=10)
     return [span for span in receiver.spans if span.name == name]
 
 
@@ -99,9 +100,9 @@ def test_the_sample_rate_is_the_operators(receiver: Receiver, monkeypatch: pytes
     assert spans_named(receiver, "hello") == []
 
 
-def recorded(*, trace_sql: bool = True) -> InMemorySpanExporter:
+def recorded() -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
-    configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(exporter)], trace_sql=trace_sql)
+    configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(exporter)])
     return exporter
 
 
@@ -136,15 +137,12 @@ class Question(BaseModel):
 @pytest.mark.parametrize("content", ["a prompt nobody may read"])
 def test_an_exceptions_text_stays_off_the_span_and_its_type_and_frames_stay_on(content: str) -> None:
     exporter = recorded()
-    tracer = trace.get_tracer("test")
-    with suppress(RuntimeError), tracer.start_as_current_span("raised"):
+    with suppress(RuntimeError), logfire.span("raised"):
         try:
             raise LookupError(content)
         except LookupError as error:
             raise RuntimeError(content) from error
-    with suppress(ValueError), tracer.start_as_current_span("refused"):
-        Question.model_validate({"number": content})
-    with suppress(ValueError), logfire.span("refused again"):
+    with suppress(ValueError), logfire.span("refused"):
         Question.model_validate({"number": content})
     for span in exporter.get_finished_spans():
         assert content not in span.to_json()
@@ -157,31 +155,7 @@ def test_an_exceptions_text_stays_off_the_span_and_its_type_and_frames_stay_on(c
     assert raised.status.description == "RuntimeError"
 
 
-async def test_sql_statements_are_spans_without_their_parameters(database_url: str) -> None:
-    exporter = recorded()
-    await _query(database_url)
-    (span,) = [span for span in exporter.get_finished_spans() if span.name == "SELECT"]
-    assert span.attributes is not None
-    assert span.attributes["db.statement"] == "SELECT $1::text"
-    assert "secret parameter" not in span.to_json()
-
-
-async def test_sql_spans_can_be_turned_off_and_on_again(database_url: str) -> None:
-    exporter = recorded(trace_sql=False)
-    await _query(database_url)
-    assert exporter.get_finished_spans() == ()
-    exporter = recorded(trace_sql=True)
-    await _query(database_url)
-    assert len(exporter.get_finished_spans()) > 0
-
-
-async def _query(database_url: str) -> None:
-    connection = await asyncpg.connect(database_url)
-    assert await connection.fetchval("SELECT $1::text", "secret parameter") == "secret parameter"
-    await connection.close()
-
-
-def test_flushing_gives_up_in_time_where_the_endpoint_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_gives_up_in_time_where_the_endpoint_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         # The exporter's own timeout ends the thread that is given up, when the test is over.
@@ -190,7 +164,7 @@ def test_flushing_gives_up_in_time_where_the_endpoint_never_answers(monkeypatch:
         with trace.get_tracer("test").start_as_current_span("hello"):
             pass
         started = time.monotonic()
-        assert not flush_logfire(timeout=0.2)
+        assert not shutdown_logfire(timeout=0.2)
         assert time.monotonic() - started < 0.9
 
 
@@ -202,22 +176,44 @@ def test_metrics_are_not_exported(receiver: Receiver, monkeypatch: pytest.Monkey
     assert receiver.requests == 0
 
 
-async def test_where_the_database_is_stays_off_its_spans(database_url: str) -> None:
-    exporter = recorded()
-    await _query(database_url)
-    for span in exporter.get_finished_spans():
-        assert (span.attributes or {})["db.system"] == "postgresql"
-        for name in ("db.user", "net.peer.name"):
-            assert (span.attributes or {})[name] == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "left"), [("http.url", "http://cc/test-log"), ("url.query", "")], ids=["old names", "new names"]
-)
-def test_a_query_string_is_off_the_span_when_it_starts(name: str, left: str) -> None:
+def test_the_server_span_has_its_layer_and_no_query_string_when_it_starts() -> None:
     recorded()
-    value = "http://cc/test-log?q=secret" if name == "http.url" else "q=secret"
-    span = trace.get_tracer("test").start_span("GET /", kind=trace.SpanKind.SERVER, attributes={name: value})
+    attributes = {"url.query": "q=secret"}
+    span = trace.get_tracer("test").start_span("GET /", kind=trace.SpanKind.SERVER, attributes=attributes)
     assert isinstance(span, ReadableSpan)
-    assert (span.attributes or {})[name] == left
+    assert (span.attributes or {})["url.query"] == ""
+    assert (span.attributes or {})["layer"] == "api"
     span.end()
+
+
+def test_a_request_id_that_the_code_has_set_stays() -> None:
+    exporter = recorded()
+    token = request_id_var.set("of-this-request")
+    trace.get_tracer("test").start_span("span", attributes={"request_id": "of-another-one"}).end()
+    request_id_var.reset(token)
+    (span,) = exporter.get_finished_spans()
+    assert (span.attributes or {})["request_id"] == "of-another-one"
+
+
+@pytest.mark.parametrize("sdk", [True, False])
+def test_a_process_that_opentelemetry_instrument_has_started_is_refused(
+    monkeypatch: pytest.MonkeyPatch, *, sdk: bool
+) -> None:
+    if sdk:
+        monkeypatch.setattr(trace, "get_tracer_provider", TracerProvider)
+    else:
+        monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.auto_instrumentation", ModuleType(""))
+    with pytest.raises(RuntimeError, match="start without opentelemetry-instrument"):
+        configure_logfire("cos-cc")
+
+
+@pytest.mark.parametrize(("status", "lines"), [(200, 0), (399, 0), (400, 1), (499, 1), (500, 0), (None, 0)])
+def test_the_console_is_followed_by_the_status_of_a_refused_request(
+    caplog: pytest.LogCaptureFixture, status: int | None, lines: int
+) -> None:
+    configure_logfire("cos-cc", console=True)
+    caplog.clear()
+    attributes = {} if status is None else {"http.response.status_code": status}
+    trace.get_tracer("test").start_span("GET /", kind=trace.SpanKind.SERVER, attributes=attributes).end()
+    trace.get_tracer("test").start_span("call", kind=trace.SpanKind.CLIENT, attributes=attributes).end()
+    assert caplog.messages == [f"GET /: {status}"] * lines

@@ -134,7 +134,7 @@ async def test_a_role_that_may_not_migrate_is_told_so_in_a_line(database_url: st
 
 
 async def test_another_error_of_the_databases_is_a_traceback_with_the_statement(empty_database_url: str) -> None:
-    await execute(empty_database_url, "CREATE SCHEMA mem0_cc", "CREATE TABLE mem0_cc.base_log (id int)")
+    await execute(empty_database_url, "CREATE SCHEMA mem0_cc", "CREATE DOMAIN mem0_cc.base_log AS int")
     failed = await asyncio.to_thread(run_alembic, empty_database_url, "upgrade", "head")
     assert failed.returncode != 0
     assert "CREATE TABLE mem0_cc.base_log" in failed.stderr

@@ -1,0 +1,77 @@
+"""The service's settings, and how a database URL is read."""
+
+import re
+from typing import Any, Final
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+_URL_PARAMETER: Final = re.compile(
+    "application_name|database|dbname|host|krbsrvname|gsslib|options|passfile|password|port|target_session_attrs|user"
+    "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"
+)
+"""A database URL's parameters. asyncpg sends any other to the server as a setting, and each connection is refused."""
+
+_URL_HINT: Final = "is no database URL. In a password @ : / are written %40 %3A %2F; hosts ?host=one,two&port=5432,5432"
+_PORTS: Final = range(1, 65_536)
+
+
+class Settings(BaseSettings):
+    """The service's configuration, from environment variables of the same names. README.md explains each."""
+
+    # Errors name the variable, and do not show its value: it may be a password.
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True, frozen=True
+    )
+
+    database_url: SecretStr  # postgres://, postgresql:// or postgresql+asyncpg://
+    logfire_token: SecretStr | None = None  # Logfire's write token; without it nothing is sent there
+    logfire_environment: str | None = None  # name of the deployment, shown in traces
+    logfire_console: bool = False  # whether to print spans to standard output too
+    otel_exporter_otlp_endpoint: str | None = None  # any OTLP backend; the SDK reads this and other OTEL_* by itself
+    otel_exporter_otlp_traces_endpoint: str | None = None  # the same for traces alone: the full address, path included
+    otel_sdk_disabled: bool = False  # refused if true, because records would have no trace id
+    cc_db_pool_size: int = Field(default=10, ge=1)  # connections at most, in each worker process
+    cc_db_timeout_seconds: float = Field(default=5.0, gt=0)  # of a record or a commit, waiting included
+    cc_debug_routes: bool = True  # whether POST /test-log exists
+    cc_distributed_tracing: bool = False  # whether to continue the trace that a caller's `traceparent` names
+    cc_max_body_bytes: int = Field(default=1_048_576, ge=0)  # a larger request body is answered 413
+
+    @field_validator("database_url")
+    @classmethod
+    def _as_dsn(cls, value: SecretStr) -> SecretStr:
+        # asyncpg reads the URL as libpq does: sslmode, a socket's directory, several hosts. SQLAlchemy reads it first,
+        # because it copes with characters in a password that were not escaped.
+        try:
+            url = make_url(value.get_secret_value())
+        except (ArgumentError, ValueError):
+            raise ValueError(_URL_HINT) from None
+        if url.get_backend_name() not in ("postgres", "postgresql"):
+            raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
+        if unknown := ", ".join(sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name))):
+            raise ValueError(f"has unknown parameters: {unknown}. A server's setting is written options=-c name=value")
+        ports = ",".join(
+            [str(_PORTS[-1] if url.port is None else url.port), *url.normalized_query.get("port", ())]
+        ).split(",")
+        if not all(port.isdecimal() and int(port) in _PORTS for port in ports):
+            raise ValueError("must name ports from 1 to 65535")
+        return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
+
+    @field_validator("otel_sdk_disabled")
+    @classmethod
+    def _not_disabled(cls, value: bool) -> bool:  # noqa: FBT001 - pydantic calls it
+        if value:
+            raise ValueError("must not be true. To trace nothing, set neither LOGFIRE_TOKEN nor an OTLP endpoint")
+        return value
+
+    def tracing(self) -> dict[str, Any]:
+        """Return what `common.logger_logfire.configure_logfire` is told: where spans go, and which traces continue."""
+        return {
+            "token": self.logfire_token.get_secret_value() if self.logfire_token else None,
+            "environment": self.logfire_environment,
+            "otlp": bool(self.otel_exporter_otlp_endpoint or self.otel_exporter_otlp_traces_endpoint),
+            "console": self.logfire_console,
+            "distributed_tracing": self.cc_distributed_tracing,
+        }

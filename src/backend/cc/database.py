@@ -1,0 +1,211 @@
+"""The service's connections to PostgreSQL. The driver's special cases live here and nowhere else."""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Generator
+from functools import partial
+from typing import Any, Final, Self
+
+import asyncpg
+from sqlalchemy import ExceptionContext, PoolProxiedConnection, event
+from sqlalchemy.exc import DisconnectionError, InvalidatePoolError, MissingGreenlet
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from backend.cc.config import Settings
+from backend.cc.errors import DATABASE_ERRORS, STALE_CONNECTION, DatabaseError, database_error
+
+CLOSE_SECONDS: Final = 3.0
+"""How long `Database.aclose` waits for connections to close, in seconds."""
+
+
+class Database:
+    """The connections: how many, how long anything may take, and their end.
+
+    Connects to nothing until it is used. It belongs to the event loop that uses it first; `log_l1` refuses another one.
+
+    Args:
+        settings: Where the database is, the number of connections, and the time limit.
+
+    Attributes:
+        seconds: The time limit of a record and of a commit, waiting for a connection included.
+        idle: A session that is never used for a query, so that concurrent callers may share it to log.
+        loop: The event loop that it belongs to, once a record was written.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.seconds = settings.cc_db_timeout_seconds
+        self._engine = create_async_engine(
+            "postgresql+asyncpg://",
+            # The time limit holds for an endpoint's own queries too, and for the rollback after them: a frozen server
+            # freezes both.
+            async_creator=partial(Connecting, settings, command_timeout=self.seconds),
+            hide_parameters=True,
+            pool_size=settings.cc_db_pool_size,
+            # No overflow, so that the pool's size is the number of connections that an operator must plan for.
+            max_overflow=0,
+            pool_timeout=self.seconds,
+            # The last connection returned goes out first. It is warm, and if it died, it is the one that reconnects.
+            pool_use_lifo=True,
+        )
+        event.listen(self._engine.sync_engine, "checkout", _check)
+        event.listen(self._engine.sync_engine, "handle_error", _handle_error)
+        # SQLAlchemy's pool is unfair: a returned connection goes to the next caller that asks, not to the one that
+        # has waited longest. The semaphore makes callers take turns.
+        self._turns = asyncio.Semaphore(settings.cc_db_pool_size)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        # A closed session takes no more queries. After the end of a request, in a background task or while the response
+        # is streamed, a query would begin a transaction that nothing commits, and records would join it.
+        self._sessions = async_sessionmaker(
+            self._engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
+        )
+        self.idle = self._sessions()
+
+    @staticmethod
+    def of(session: AsyncSession) -> "Database | None":
+        """Return the database that made `session`; None for a session of any other engine or connection.
+
+        Raises:
+            DatabaseError: It is used from a second event loop.
+        """
+        database: Database | None = session.info.get("database")
+        if database:
+            loop = asyncio.get_running_loop()
+            if (database.loop or loop) is not loop:
+                raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
+            database.loop = loop
+        return database
+
+    def session(self) -> AsyncSession:
+        """Return a new session. It opens a connection when it is first used for a query."""
+        return self._sessions()
+
+    async def insert(self, statement: str, values: tuple[Any, ...]) -> bool:
+        """Insert a row and commit it, on a connection of its own, in one round trip: no BEGIN, no COMMIT.
+
+        It goes to asyncpg directly: through SQLAlchemy it would cost as much CPU time again as the statement.
+
+        Args:
+            statement: An INSERT that may safely run twice, with asyncpg's placeholders.
+            values: Its parameters.
+
+        Returns:
+            Whether the row is there; False where the statement inserted none. Raises one of `DATABASE_ERRORS`.
+        """
+        async with self._turns:
+            for attempt in (1, 2):
+                connection = await self._checkout()
+                driver: asyncpg.Connection = connection.driver_connection
+                try:
+                    tag = await driver.execute(statement, *values)
+                    if driver.is_in_transaction():
+                        # Code that used the driver directly has sent a BEGIN just before: nothing is committed.
+                        raise asyncpg.InterfaceError("a transaction is open on this connection")
+                except BaseException as error:
+                    if not isinstance(error, asyncpg.PostgresError) or error.sqlstate in STALE_CONNECTION:
+                        # The call was cancelled, timed out or cut off, so the connection's state is unknown.
+                        # `terminate`, not `close`: `close` waits for the server, which may be frozen.
+                        driver.terminate()
+                    if driver.is_closed():
+                        connection.invalidate(error)
+                        if attempt == 1 and isinstance(error, Exception):
+                            continue  # a connection that died, perhaps long ago, is replaced once
+                    raise
+                finally:
+                    connection.close()
+                # The first attempt may have committed before its connection died: then the row was there already.
+                return attempt > 1 or tag == "INSERT 0 1"
+        raise AssertionError  # pragma: no cover - the second attempt returns or raises
+
+    async def commit(self, session: AsyncSession) -> None:
+        """Commit the transaction of `session` within the time limit. Raises DatabaseError, or its subclass."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                await session.commit()
+        except DATABASE_ERRORS as error:
+            raise database_error(error) from None  # the original's text repeats the row
+
+    async def aclose(self) -> None:
+        """Close every connection, and give up those that do not close in time: a frozen server never answers."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _checkout(self) -> PoolProxiedConnection:
+        try:
+            # An idle connection needs no I/O, so it can be checked out without a greenlet switch, the largest part of
+            # a checkout's cost.
+            return self._engine.sync_engine.raw_connection()
+        except MissingGreenlet:  # no connection is idle
+            return await self._engine.raw_connection()
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """asyncpg's connection, on which a COMMIT that did not commit is an error.
+
+    PostgreSQL answers ROLLBACK where a statement of the transaction has failed, and asyncpg does not look.
+    """
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
+        tag: str = await super().execute(query, *args, **options)
+        if tag == "ROLLBACK" and query.startswith("COMMIT"):
+            raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
+        return tag
+
+
+class Connecting:
+    """An awaitable connection. Unlike a coroutine it may be dropped unawaited, as `Database._checkout` does.
+
+    Args:
+        settings: Where the database is, and how long to try.
+        command_timeout: The longest time that a statement may take, in seconds; None for no limit.
+    """
+
+    def __init__(self, settings: Settings, command_timeout: float | None = None) -> None:
+        self.arguments = settings, command_timeout
+
+    def __await__(self) -> Generator[Any, None, asyncpg.Connection]:
+        return _connect(*self.arguments).__await__()
+
+
+async def _connect(settings: Settings, command_timeout: float | None) -> asyncpg.Connection:
+    try:
+        return await asyncpg.connect(
+            settings.database_url.get_secret_value(),
+            timeout=settings.cc_db_timeout_seconds,
+            command_timeout=command_timeout,
+            connection_class=_Connection,
+        )
+    except (OSError, ValueError, LookupError, AttributeError, BufferError) as error:
+        # Refused, timed out, no host of this name, a peer that speaks another protocol. SQLAlchemy wraps only the
+        # database's own errors, so it is made one of these. Its text would name the address.
+        no_tls = isinstance(error, ssl.SSLError) or type(error) is ConnectionError
+        refusal = asyncpg.ConnectionRejectionError if no_tls else asyncpg.ClientCannotConnectError
+        raise refusal(type(error).__name__) from None
+
+
+def _check(dbapi_connection: Any, *_: object) -> None:
+    driver = dbapi_connection.driver_connection
+    if driver.is_closed():
+        # A server that restarts closes every connection, and asyncpg has noticed it, at no round trip. The pool then
+        # replaces this connection and, when their turn comes, all that are as old.
+        raise InvalidatePoolError
+    if driver.is_in_transaction():
+        # Code that used the driver directly left a transaction open here, and SQLAlchemy does not know of it.
+        # A record written now would be acknowledged and then rolled back.
+        driver.terminate()
+        raise DisconnectionError
+
+
+def _handle_error(context: ExceptionContext) -> DatabaseError | None:
+    error = context.original_exception
+    if getattr(error, "sqlstate", None) in STALE_CONNECTION:
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+    # SQLAlchemy drops the connection of a statement that timed out, but passes the TimeoutError on as it is.
+    return database_error(error) if isinstance(error, OSError) else None
