@@ -1,0 +1,79 @@
+import asyncpg
+import pytest
+from pydantic import ValidationError
+
+from backend.cc.config import Settings
+
+URL = "postgresql://u:secret@h/d"
+
+
+@pytest.mark.parametrize("parameter", ["client_encoding", "direct_tls", "service", "statement_cache_size", "timezone"])
+def test_a_url_parameter_that_the_service_does_not_know_is_refused_by_name(parameter: str) -> None:
+    with pytest.raises(ValidationError, match=f"has unknown parameters: {parameter}. A server's setting is") as raised:
+        Settings(database_url=f"{URL}?{parameter}=secret")
+    assert "secret" not in str(raised.value)
+
+
+def test_every_unknown_url_parameter_is_named_at_once() -> None:
+    with pytest.raises(ValidationError, match="has unknown parameters: client_encoding, service"):
+        Settings(database_url=f"{URL}?service=x&sslmode=require&client_encoding=x")
+
+
+async def test_a_setting_of_the_server_is_written_as_an_option(database_url: str) -> None:
+    settings = Settings(database_url=f"{database_url}&options=-c%20work_mem%3D7MB")
+    connection = await asyncpg.connect(settings.database_url.get_secret_value())
+    assert await connection.fetchval("SHOW work_mem") == "7MB"
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:secret@h:65536/d",
+        "postgresql://u:secret@h:99999/d",
+        "postgresql://u:secret@/d?host=one,two&port=5432,99999",
+        "postgresql://u:secret@/d?host=h&port=0",
+        "postgresql://u:secret@/d?host=h&port=one",
+        "postgresql://u:secret@h/d?port=-1",
+    ],
+)
+def test_a_port_that_does_not_exist_is_refused_at_start(url: str) -> None:
+    with pytest.raises(ValidationError, match="database_url\n.*must name ports from 1 to 65535") as raised:
+        Settings(database_url=url)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://h:1/d", "postgresql://h:65535/d", "postgresql:///d?host=one,two&port=1,65535"]
+)
+def test_a_port_that_exists_is_taken(url: str) -> None:
+    Settings(database_url=url)
+
+
+def test_several_hosts_in_front_of_the_path_are_refused_with_the_way_to_write_them() -> None:
+    with pytest.raises(ValidationError, match=r"hosts \?host=one,two&port=5432,5432"):
+        Settings(database_url="postgresql://u:p@one:5432,two:5432/d")
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_a_token_of_spaces_is_no_token(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("LOGFIRE_TOKEN", token)
+    assert Settings().tracing()["token"] is None
+
+
+def test_spaces_around_a_token_are_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGFIRE_TOKEN", " token\n")
+    assert Settings().tracing()["token"] == "token"
+
+
+def test_a_disabled_sdk_is_refused_because_records_would_have_no_trace_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with pytest.raises(ValidationError, match="otel_sdk_disabled\n.*must not be true"):
+        Settings()
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+def test_either_otlp_endpoint_turns_tracing_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert not Settings().tracing()["otlp"]
+    monkeypatch.setenv(name, "http://127.0.0.1:4318")
+    assert Settings().tracing()["otlp"]

@@ -1,0 +1,202 @@
+import re
+from uuid import UUID
+
+import asyncpg
+import pytest
+from sqlalchemy import exc, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from backend.cc.errors import DATABASE_ERRORS, DatabaseError, DatabaseUnavailableError, database_error, group_error
+
+RAISE = "DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{}'; END $$"
+
+
+class Wrapped(exc.DBAPIError):
+    """An error of the driver, as SQLAlchemy hands it on."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__("INSERT a secret", {"content": "a secret"}, error)
+
+
+def of_state(state: str) -> asyncpg.PostgresError:
+    error = asyncpg.PostgresError("a secret")
+    error.sqlstate = state
+    return error
+
+
+UNAVAILABLE = {
+    "08000": "connection exception",
+    "08006": "connection failure",
+    "08P01": "protocol violation, as from a pooler that mixes up clients",
+    "25006": "read-only transaction",
+    "25P01": "no active transaction",
+    "26000": "prepared statement gone",
+    "28000": "login refused",
+    "28P01": "wrong password",
+    "3D000": "no such database",
+    "40001": "serialization failure",
+    "40P01": "deadlock",
+    "42P05": "prepared statement there already",
+    "53100": "disk full",
+    "53300": "too many connections",
+    "55006": "object in use",
+    "55P03": "lock not available",
+    "57014": "statement timeout",
+    "57P01": "shutting down",
+    "57P03": "starting up",
+    "58000": "system error",
+    "58030": "input/output error",
+    "XX000": "internal error, as from Citus where a worker died at the commit",
+    "XX001": "data corrupted",
+    "XX002": "index corrupted",
+}
+
+REFUSED = {
+    "0A000": "feature not supported",
+    "22001": "text too long",
+    "22P05": "character not in the encoding",
+    "23505": "unique violation",
+    "23514": "check violation",
+    "25001": "not in a transaction",
+    "25P02": "transaction has failed",
+    "3F000": "no such schema",
+    "42501": "no privilege",
+    "42601": "syntax error",
+    "42P01": "no such table",
+    "42P07": "table there already",
+    "55000": "object not in the right state",
+    "58P01": "no such file",
+    "P0001": "raised by a trigger",
+}
+
+
+@pytest.mark.parametrize("state", UNAVAILABLE)
+@pytest.mark.parametrize("wrap", [Wrapped, lambda error: error], ids=["sqlalchemy", "asyncpg"])
+def test_the_servers_condition_is_an_outage(state: str, wrap: type[Wrapped]) -> None:
+    error = database_error(wrap(of_state(state)))
+    assert isinstance(error, DatabaseUnavailableError)
+    assert error.code == state
+    assert str(error).startswith(f"the database is unavailable (SQLSTATE {state})")
+
+
+@pytest.mark.parametrize("state", REFUSED)
+@pytest.mark.parametrize("wrap", [Wrapped, lambda error: error], ids=["sqlalchemy", "asyncpg"])
+def test_what_is_wrong_with_the_statement_is_a_refusal(state: str, wrap: type[Wrapped]) -> None:
+    error = database_error(wrap(of_state(state)))
+    assert not isinstance(error, DatabaseUnavailableError)
+    assert error.code == state
+    assert str(error).startswith(f"PostgreSQL refused the statement (SQLSTATE {state})")
+
+
+@pytest.mark.parametrize(
+    ("state", "hint"),
+    [
+        ("08001", "nothing answers where DATABASE_URL points"),
+        ("25P02", "an earlier statement of the transaction has failed"),
+        ("26000", "is there a pooler without prepared statements? See docs/scaling.md"),
+        ("42P05", "is there a pooler without prepared statements? See docs/scaling.md"),
+        ("28P01", "the user or the password of DATABASE_URL is refused"),
+        ("3D000", "there is no such database"),
+        ("42501", "the role lacks a privilege, see docs/roles.sql"),
+        ("42P01", "has `alembic upgrade head` been run?"),
+        ("55P03", "another transaction holds a lock"),
+    ],
+)
+def test_an_error_that_can_be_mended_says_how(state: str, hint: str) -> None:
+    assert hint in str(database_error(of_state(state)))
+
+
+@pytest.mark.parametrize("state", ["XX000", "26000", "42P05"])
+async def test_a_state_that_the_server_itself_raises_is_an_outage_without_its_text(
+    session: AsyncSession, state: str
+) -> None:
+    with pytest.raises(DATABASE_ERRORS) as raised:
+        await session.execute(text(RAISE.format(state)))
+    error = database_error(raised.value)
+    assert isinstance(error, DatabaseUnavailableError)
+    assert error.code == state
+    assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("a secret"),
+        TimeoutError("a secret"),
+        ConnectionRefusedError("a secret"),
+        asyncpg.InterfaceError("a secret"),
+        asyncpg.InternalClientError("a secret"),
+        exc.TimeoutError("a secret"),
+        exc.DisconnectionError("a secret"),
+        exc.InvalidatePoolError("a secret"),
+        Wrapped(asyncpg.InterfaceError("a secret")),
+        exc.PendingRollbackError("a secret", code="8s2b"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_connection_is_an_outage_named_by_its_class(error: Exception) -> None:
+    meaning = database_error(error)
+    name = type(getattr(error, "orig", error)).__name__
+    assert isinstance(meaning, DatabaseUnavailableError)
+    assert (meaning.code, str(meaning)) == (name, f"the database is unavailable ({name})")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exc.InvalidRequestError("a secret"),
+        exc.PendingRollbackError("a secret"),
+        exc.UnboundExecutionError("a secret"),
+        exc.StatementError("a secret", "INSERT a secret", {"content": "a secret"}, ValueError("a secret")),
+        exc.ArgumentError("a secret"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_sqlalchemy_refuses_is_no_outage(error: Exception) -> None:
+    meaning = database_error(error)
+    assert not isinstance(meaning, DatabaseUnavailableError)
+    assert re.fullmatch(r"the session can't do this \(\w+\)", str(meaning))
+    assert "secret" not in f"{meaning} {meaning.code}"
+
+
+def test_an_error_that_is_translated_already_stays_itself() -> None:
+    error = DatabaseUnavailableError("x", "57P01")
+    error.record_id = UUID(int=7)
+    assert database_error(error) is error
+
+
+OUTAGE, OTHER_OUTAGE, REFUSAL = DatabaseUnavailableError("outage"), DatabaseUnavailableError("other"), DatabaseError()
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([OUTAGE], OUTAGE),
+        ([OUTAGE, OTHER_OUTAGE], OUTAGE),
+        ([OUTAGE, REFUSAL], REFUSAL),
+        ([OUTAGE, ExceptionGroup("", [OTHER_OUTAGE, REFUSAL])], REFUSAL),
+        ([ExceptionGroup("", [ExceptionGroup("", [OUTAGE])])], OUTAGE),
+    ],
+)
+def test_the_most_serious_error_of_a_group_stands_for_it(errors: list[Exception], expected: Exception) -> None:
+    assert group_error(ExceptionGroup("", errors)) is expected
+
+
+def test_sqlalchemys_errors_of_a_group_are_translated() -> None:
+    error = group_error(ExceptionGroup("", [Wrapped(of_state("57P01")), Wrapped(of_state("42601"))]))
+    assert isinstance(error, DatabaseError)
+    assert error.code == "42601"
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        [ValueError()],
+        [OUTAGE, ValueError()],
+        [OUTAGE, ExceptionGroup("", [ValueError()])],
+        [OUTAGE, TimeoutError()],
+    ],
+)
+def test_a_group_with_an_error_that_is_not_the_databases_stays_itself(errors: list[Exception]) -> None:
+    group = ExceptionGroup("", errors)
+    assert group_error(group) is group

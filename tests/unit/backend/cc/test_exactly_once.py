@@ -1,0 +1,166 @@
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from backend.cc.config import Settings
+from backend.cc.database import Database
+from backend.cc.errors import DatabaseUnavailableError
+from backend.cc.records import EventRecord, PromptRecord, Record
+from backend.cc.services.logging import log_l1
+
+PROMPT = PromptRecord("user", "first", tokens_in=1, tokens_out=2)
+EVENT = EventRecord("first", {"n": 1})
+
+ROWS = """
+    SELECT base.id, base.request_id, prompt.content, event.event_type
+    FROM mem0_cc.base_log base
+    FULL JOIN mem0_cc.prompt_trace prompt ON prompt.base_log_id = base.id
+    FULL JOIN mem0_cc.event_log event ON event.base_log_id = base.id
+"""
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
+
+alone_and_joined = pytest.mark.parametrize(
+    "begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"]
+)
+each_kind = pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
+
+
+async def rows(db: asyncpg.Connection) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in await db.fetch(ROWS)]
+
+
+async def waiting(db: asyncpg.Connection) -> None:
+    """Return when a connection waits for another transaction."""
+    async with asyncio.timeout(5):
+        while not await db.fetchval(WAITING):  # noqa: ASYNC110 - the server notifies nobody
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def unreachable() -> AsyncIterator[AsyncSession]:
+    async with (
+        Database(Settings(database_url="postgresql://u@127.0.0.1:1/d")) as database,
+        database.session() as session,
+    ):
+        yield session
+
+
+async def test_the_error_of_an_unreachable_database_names_the_new_id_that_was_tried(unreachable: AsyncSession) -> None:
+    with pytest.raises(DatabaseUnavailableError) as raised:
+        await log_l1(unreachable, EVENT)
+    assert raised.value.record_id is not None
+    assert raised.value.record_id.version == 7
+
+
+async def test_the_error_of_an_unreachable_database_names_the_id_that_the_caller_gave(
+    unreachable: AsyncSession,
+) -> None:
+    record_id = uuid4()
+    with pytest.raises(DatabaseUnavailableError) as raised:
+        await log_l1(unreachable, EVENT, record_id=record_id)
+    assert raised.value.record_id == record_id
+
+
+async def test_each_call_without_an_id_is_a_record_of_its_own(session: AsyncSession, db: asyncpg.Connection) -> None:
+    ids = {await log_l1(session, EVENT), await log_l1(session, EVENT)}
+    assert {row[0] for row in await rows(db)} == ids
+    assert len(ids) == 2
+
+
+@alone_and_joined
+@each_kind
+async def test_a_record_that_is_missing_is_written_under_the_id_given(
+    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record
+) -> None:
+    record_id = uuid4()
+    async with begin(session):
+        assert await log_l1(session, record, record_id=record_id, request_id="r") == record_id
+    content, event_type = ("first", None) if record is PROMPT else (None, "first")
+    assert await rows(db) == [(record_id, "r", content, event_type)]
+
+
+@alone_and_joined
+@each_kind
+async def test_a_record_of_which_only_the_base_row_is_there_is_completed(
+    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record
+) -> None:
+    record_id = await log_l1(session, record, request_id="r")
+    await db.execute("DELETE FROM mem0_cc.prompt_trace; DELETE FROM mem0_cc.event_log")
+    async with begin(session):
+        await log_l1(session, record, record_id=record_id, request_id="of the second call")
+    content, event_type = ("first", None) if record is PROMPT else (None, "first")
+    assert await rows(db) == [(record_id, "r", content, event_type)]
+
+
+@alone_and_joined
+@pytest.mark.parametrize(
+    ("record", "other"),
+    [(PROMPT, PromptRecord("assistant", "second")), (EVENT, EventRecord("second", {}))],
+    ids=["prompt", "event"],
+)
+async def test_a_record_that_is_there_keeps_the_content_of_the_first_call(
+    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record, other: Record
+) -> None:
+    record_id = await log_l1(session, record, request_id="r")
+    first = await rows(db)
+    async with begin(session):
+        assert await log_l1(session, other, record_id=record_id, request_id="of the second call") == record_id
+    assert await rows(db) == first
+
+
+async def test_a_record_of_the_other_kind_shares_the_base_row_of_the_first_call(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    record_id = await log_l1(session, PROMPT, request_id="r")
+    await log_l1(session, EVENT, record_id=record_id, request_id="of the second call")
+    assert await rows(db) == [(record_id, "r", "first", "first")]
+
+
+async def test_a_second_call_in_the_transaction_of_the_first_changes_nothing(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    async with session.begin():
+        record_id = await log_l1(session, EVENT, request_id="r")
+        await log_l1(session, EventRecord("second", {}), record_id=record_id)
+    assert await rows(db) == [(record_id, "r", None, "first")]
+
+
+async def test_a_record_that_was_rolled_back_is_written_by_the_second_call(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    transaction = await session.begin()
+    record_id = await log_l1(session, EVENT)
+    await transaction.rollback()
+    await log_l1(session, EventRecord("second", {}), record_id=record_id, request_id="r")
+    assert await rows(db) == [(record_id, "r", None, "second")]
+
+
+async def test_two_calls_at_once_with_one_id_write_one_record(database: Database, db: asyncpg.Connection) -> None:
+    """The second waits for the transaction of the first, which may be one whose connection was lost."""
+    record_id = uuid4()
+    async with database.session() as first, database.session() as second:
+        async with first.begin():
+            await log_l1(first, EVENT, record_id=record_id, request_id="r")
+            repeated = asyncio.create_task(log_l1(second, EventRecord("second", {}), record_id=record_id))
+            await waiting(db)
+        assert await repeated == record_id
+    assert await rows(db) == [(record_id, "r", None, "first")]
+
+
+@pytest.mark.parametrize("wrong", [str(UUID(int=7)), 7, b"\0" * 16, ""])
+async def test_an_id_that_is_no_uuid_is_refused_and_writes_nothing(
+    session: AsyncSession, db: asyncpg.Connection, wrong: Any
+) -> None:
+    with pytest.raises(ValueError, match="^record_id must be a UUID$"):
+        await log_l1(session, EVENT, record_id=wrong)
+    assert await rows(db) == []
