@@ -10,7 +10,7 @@ import pytest
 from devtools.postgres import Server, temporary_home
 from devtools.service import Service, running_service
 from support.cluster import TIMEOUT, Postgres, Run, fetch
-from support.database import run_alembic, with_database
+from support.database import migrate, with_database
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +39,7 @@ def database_url(cluster: Postgres) -> str:
     name = f"test_{uuid4().hex}"
     fetch(cluster.url, f"CREATE DATABASE {name}")
     url = with_database(cluster.url, name)
-    migrated = run_alembic(url, "upgrade", "head")
-    assert migrated.returncode == 0, migrated.stderr
+    migrate(url)
     return url
 
 

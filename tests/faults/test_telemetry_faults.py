@@ -73,11 +73,22 @@ def test_a_receiver_that_fails_costs_a_request_less_than_a_tenth(database_url: s
         assert statistics.median(medians[fault] / medians[name] for medians in measured) < 1.1
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+OTLP = {"OTEL_EXPORTER_OTLP_ENDPOINT": "{endpoint}"}
+TOKEN = {"LOGFIRE_TOKEN": "pylf_v1_us_0123456789", "LOGFIRE_BASE_URL": "{endpoint}"}
+
+
+@pytest.mark.parametrize(
+    ("destination", "fault"), [*((OTLP, fault) for fault in FAULTS), (TOKEN, "hanging")], ids=[*FAULTS, "token hanging"]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(run: Run, fault: str, number: int) -> None:
+def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(
+    run: Run, destination: dict[str, str], fault: str, number: int
+) -> None:
     """After SIGINT the interpreter runs the exit handlers that libraries have registered; after SIGTERM it does not."""
-    with faulty_receiver(fault) as endpoint, run(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as service:
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(faulty_receiver(fault))
+        environment = {name: value.replace("{endpoint}", endpoint) for name, value in destination.items()}
+        service = stack.enter_context(run(**environment))
         with closing(Client(service)) as client:
             client.send(200)
         assert max(client.seconds) < 1 + SLACK
