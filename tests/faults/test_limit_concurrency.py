@@ -1,0 +1,78 @@
+"""What uvicorn's `--limit-concurrency` does to requests that would wait for the database. See docs/scaling.md."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http import HTTPStatus
+
+import httpx
+import psutil
+
+from devtools.ports import HOST
+from devtools.service import Service
+from devtools.waiting import until
+from support.cluster import SLACK, TLS, Run, ids, locked, log, logged_ids, processes, stored
+
+LIMIT = 6
+ADMITTED = LIMIT - 1
+"""uvicorn counts the connection that asks, too."""
+
+
+def connections(service: Service) -> int:
+    """Count the clients' connections that the service has accepted."""
+    [process] = processes(service)
+    accepted = [
+        each
+        for each in process.net_connections("tcp")
+        if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == service.port
+    ]
+    return len(accepted)
+
+
+def assert_refused_by_uvicorn(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.text) == (HTTPStatus.SERVICE_UNAVAILABLE, "Service Unavailable")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["connection"] == "close"
+    assert not {"x-request-id", "retry-after"} & answer.headers.keys()
+
+
+def test_a_request_over_the_limit_is_a_503_at_once_and_no_acknowledged_record_is_lost(
+    run: Run, database_url: str
+) -> None:
+    before = stored(database_url)
+    # The bound on waiting is one that no slow machine reaches: only the limit can refuse a request here.
+    settings = {"CC_DB_POOL_SIZE": "2", "CC_DB_TIMEOUT_SECONDS": "30"}
+    with run("--limit-concurrency", str(LIMIT), **settings) as service, ThreadPoolExecutor(ADMITTED) as pool:
+        with locked(database_url):
+            waiting = [pool.submit(log, service) for _ in range(ADMITTED)]
+            until(lambda: connections(service) == ADMITTED, what="the admitted requests have arrived")
+            for _ in range(3):
+                started = time.monotonic()
+                assert_refused_by_uvicorn(log(service))
+                assert time.monotonic() - started < SLACK
+            assert not any(each.done() for each in waiting)
+        answers = [each.result() for each in waiting]
+        assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
+        until(lambda: log(service).status_code == HTTPStatus.OK, what="the next request is answered")
+        assert service.log.count("Exceeded concurrency limit.") >= 3
+        assert "Traceback" not in service.log
+    assert set().union(*map(logged_ids, answers)) <= ids(database_url)
+    after = stored(database_url)
+    assert after["base"] == before["base"] + 2 * ADMITTED + 2
+    assert after["half"] == 0
+
+
+def test_idle_connections_count_against_the_limit_and_their_end_makes_room(run: Run) -> None:
+    with run("--limit-concurrency", str(LIMIT), "--timeout-keep-alive", "60") as service, ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(verify=TLS)) for _ in range(ADMITTED)]
+
+        def send(client: httpx.Client) -> httpx.Response:
+            return client.post(f"{service.url}/test-log", json={})
+
+        assert {send(client).status_code for client in clients} == {HTTPStatus.OK}
+        with socket.create_connection((HOST, service.port)):
+            until(lambda: connections(service) == LIMIT, what="the service has accepted one connection more")
+            assert_refused_by_uvicorn(send(clients.pop()))
+            until(lambda: connections(service) == ADMITTED, what="the refused connection is closed")
+            assert send(clients[0]).status_code == HTTPStatus.OK
