@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from devtools import ROOT, serve
+from devtools import ROOT
 from devtools.ports import free_port, listens
 from devtools.waiting import until
 
@@ -153,18 +153,6 @@ def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
     (tmp_path / "scripts/traces").write_text('#!/bin/sh\necho "$@"\n')
     command = [str(tmp_path / "scripts/serve"), "--traces", "--workers", "2"]
     assert subprocess.check_output(command, text=True) == "./scripts/serve --workers 2\n"
-
-
-def test_serve_prints_the_viewer_s_address_below_the_curl_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TRACES_NOTE", "See the traces there")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        serve.announce(listener.getsockname()[1])
-    printed = capsys.readouterr().out
-    assert 0 <= printed.find("curl") < printed.find("See the traces there")
 
 
 def test_a_port_that_is_taken_is_refused_with_the_way_out(environment: Path) -> None:

@@ -1,0 +1,114 @@
+"""`scripts/serve`, run as that script runs it, on a database of the test's own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from devtools import ROOT, serve
+from devtools.ports import HOST, free_port
+from devtools.waiting import until
+from support.cluster import locked, waiting
+
+
+@contextlib.contextmanager
+def serving(log_path: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run it in a process group of its own, so that a signal can be sent as a terminal sends it, to the whole group."""
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "devtools.serve", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "scripts"), **environment},
+            stdout=log,
+            stderr=log,
+            process_group=0,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "printed"),
+    [("--help", 0, "LOGFIRE_CONSOLE=false"), ("--version", 0, "Running uvicorn"), ("--wokers", 2, "No such option")],
+)
+def test_help_and_a_wrong_option_are_answered_before_a_database_is_started(
+    tmp_path: Path, argument: str, code: int, printed: str
+) -> None:
+    environment = {"DATABASE_URL": "", "CC_POSTGRES_HOME": str(tmp_path / "home")}
+    with serving(tmp_path / "log", argument, **environment) as process:
+        assert process.wait(15) == code
+    assert printed in (tmp_path / "log").read_text()
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_ctrl_c_during_the_migration_ends_it_with_130_and_without_a_traceback(
+    database_url: str, tmp_path: Path
+) -> None:
+    environment = {"DATABASE_URL": database_url, "PORT": str(free_port())}
+    with (
+        locked(database_url, "public.alembic_version_cos_cc"),
+        serving(tmp_path / "log", **environment) as process,
+    ):
+        until(lambda: waiting(database_url) == 1, what="the migration waits")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(15) == 128 + signal.SIGINT
+        assert (tmp_path / "log").read_text() == ""
+    until(lambda: waiting(database_url) == 0, what="the migration has ended")
+
+
+def test_a_newcomer_sees_the_spans_of_the_first_request_and_the_way_to_more(database_url: str, tmp_path: Path) -> None:
+    log_path, port = tmp_path / "log", free_port()
+    with serving(log_path, DATABASE_URL=database_url, PORT=str(port)) as process:
+        until(lambda: "curl" in log_path.read_text(), what="the service runs")
+        assert httpx.post(f"http://{HOST}:{port}/test-log", json={"message": "hello"}).status_code == 200
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(15)
+    printed = log_path.read_text()
+    first, _, then = printed.partition(serve.curl_line(port))
+    assert "POST /test-log" not in first
+    assert serve.MORE in then
+    assert "POST /test-log" in then
+    assert "log_l1" in then
+
+
+def test_a_second_ctrl_c_ends_the_service_without_a_traceback(database_url: str, tmp_path: Path) -> None:
+    log_path, port = tmp_path / "log", free_port()
+    environment = {"DATABASE_URL": database_url, "PORT": str(port), "LOGFIRE_CONSOLE": "false"}
+    with serving(log_path, **environment) as process:
+        until(lambda: "curl" in log_path.read_text(), what="the service runs")
+        with socket.create_connection((HOST, port)) as client:
+            client.sendall(b"POST /test-log HTTP/1.1\r\nHost: cc\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: 10\r\nExpect: 100-continue\r\n\r\n{")
+            client.recv(100)
+            os.killpg(process.pid, signal.SIGINT)
+            until(lambda: "CTRL+C to force quit" in log_path.read_text(), what="the service waits for the request")
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(5)
+    printed = log_path.read_text()
+    assert "Traceback" not in printed
+    assert "POST /test-log" not in printed.partition(serve.curl_line(port))[2]  # the console is off
+
+
+@pytest.mark.parametrize(
+    ("variables", "note"),
+    [({"TRACES_NOTE": "See the traces there"}, "See the traces there"), ({}, serve.MORE), ({"LOGFIRE_TOKEN": "t"}, "")],
+)
+def test_the_way_to_the_traces_is_printed_below_the_curl_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], note: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        serve.announce(port)
+    assert capsys.readouterr().out.partition(serve.curl_line(port))[2].strip() == note
