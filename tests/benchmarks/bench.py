@@ -12,9 +12,9 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -30,14 +30,17 @@ import psutil
 from sqlalchemy import make_url
 
 import report
+from devtools import ROOT
 from devtools.otlp import otlp_receiver
-from devtools.ports import free_port
+from devtools.ports import free_port, listens
 from devtools.postgres import server, temporary_home
 from devtools.traces import by_trace, is_whole
+from devtools.waiting import until
 from devtools.wire import counted
 
-ROOT: Final = Path(__file__).resolve().parent.parent
-HERE: Final = ROOT / "benchmarks"
+HERE: Final = Path(__file__).resolve().parent
+OURS: Final = "backend.cc.cc_main:app"
+TOKEN: Final = "pylf_v1_us_0123456789"  # Logfire's SDK takes it for a token; it opens nothing
 
 # No setting of a developer's shines through.
 ENVIRONMENT: Final = {
@@ -117,7 +120,7 @@ def receiver() -> Iterator[str]:
 
 @contextmanager
 def caller(variant: str, url: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run benchmarks/calls.py; see there."""
+    """Run calls.py; see there."""
     with child(str(HERE / "calls.py"), variant, DATABASE_URL=url, **environment) as process:
         line(process)
         yield process
@@ -125,7 +128,7 @@ def caller(variant: str, url: str, **environment: str) -> Iterator[subprocess.Po
 
 def calls(process: subprocess.Popen[str], count: int) -> Round:
     """Let it make so many calls, and return what one took, in milliseconds."""
-    assert process.stdin is not None  # noqa: S101 - for mypy
+    assert process.stdin is not None
     process.stdin.write(f"{count}\n")
     process.stdin.flush()
     answer = json.loads(line(process))
@@ -139,19 +142,19 @@ def service(app: str, url: str, **environment: str) -> Iterator[tuple[psutil.Pro
     port = free_port()
     options = ("--no-access-log", "--log-level=error", "--loop=uvloop", "--http=httptools", "--reset-contextvars")
     with child("-m", "uvicorn", app, f"--port={port}", *options, DATABASE_URL=url, **environment) as process:
-        for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
+        until(lambda: listens(port), 30, f"{app} listens")
         yield psutil.Process(process.pid), port
 
 
 def load(port: int, connections: int, seconds: float) -> dict[str, Any]:
-    """Run benchmarks/load.py; see there."""
+    """Run load.py; see there."""
     command = [sys.executable, str(HERE / "load.py"), str(port), str(connections), str(seconds)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=seconds + 30)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    # Into a file: a line as long as this one can reach the reader of a pipe in part.
+    with tempfile.TemporaryFile("w+") as output:
+        subprocess.run(command, env=ENVIRONMENT, stdout=output, check=True, timeout=seconds + 30)
+        output.seek(0)
+        answer: dict[str, Any] = json.load(output)
+        return answer
 
 
 # --- the five measurements ------------------------------------------------------------------------------------------
@@ -165,6 +168,7 @@ def measure_log_l1(server_url: str, rounds: int) -> dict[str, list[Round]]:
         endpoint = stack.enter_context(receiver())
         callers = {
             "raw": stack.enter_context(caller("raw", url)),
+            "pool": stack.enter_context(caller("pool", url)),
             "log_l1": stack.enter_context(caller("log_l1", url)),
             "exporting": stack.enter_context(caller("log_l1", url, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)),
             "orm": stack.enter_context(caller("orm", url)),
@@ -177,23 +181,24 @@ def measure_log_l1(server_url: str, rounds: int) -> dict[str, list[Round]]:
 
 
 def measure_load(server_url: str, rounds: int, seconds: float) -> dict[str, dict[str, list[Round]]]:
-    """POST /test-log as fast as one worker answers, on 1, 8 and 64 connections."""
+    """POST /test-log as fast as one worker answers, on 1, 8 and 64 connections; on 8 twice as many rounds."""
     results: dict[str, dict[str, list[Round]]] = {}
     url = new_database(server_url)
     with ExitStack() as stack:
-        endpoint = stack.enter_context(receiver())
-        ours = "backend.cc.cc_main:app"
+        otlp, logfire, other = (stack.enter_context(receiver()) for _ in range(3))
         services = {
             "floor": stack.enter_context(service("floor:app", url)),
-            "ours": stack.enter_context(service(ours, url)),
-            "exporting": stack.enter_context(service(ours, url, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)),
+            "ours": stack.enter_context(service(OURS, url)),
+            "exporting": stack.enter_context(service(OURS, url, OTEL_EXPORTER_OTLP_ENDPOINT=otlp)),
+            "token": stack.enter_context(service(OURS, url, LOGFIRE_TOKEN=TOKEN, LOGFIRE_BASE_URL=logfire)),
+            "alternative": stack.enter_context(service("alternative:app", url, OTEL_EXPORTER_OTLP_ENDPOINT=other)),
         }
         for _, port in services.values():
             load(port, 8, seconds)
         for connections in (1, 8, 64):
             loads: dict[str, list[Round]] = defaultdict(list)
             cpu: dict[str, list[float]] = defaultdict(list)
-            for number in range(1, rounds + 1):
+            for number in range(1, (2 * rounds if connections == 8 else rounds) + 1):
                 say(f"2/5 POST /test-log, {connections} connections: round {number} of {rounds}")
                 for variant, (process, port) in services.items():
                     # Read just before a round: what a service still did after its last one, sending spans, counts.
@@ -296,21 +301,29 @@ def measure_round_trips(server_url: str, rounds: int) -> dict[str, Any]:
     return results
 
 
-def measure_spans(server_url: str, stops: int, seconds: float) -> dict[str, int]:
+def measure_spans(server_url: str, stops: int, seconds: float) -> dict[str, dict[str, int]]:
     """Stop the service with SIGTERM under full load; of the requests answered, count the traces that are whole."""
-    answered = whole = 0
+    results: dict[str, dict[str, int]] = {}
     url = new_database(server_url)
-    for number in range(1, stops + 1):
-        say(f"5/5 spans: SIGTERM under load, {number} of {stops}")
-        with otlp_receiver() as otlp:
-            with service("backend.cc.cc_main:app", url, OTEL_EXPORTER_OTLP_ENDPOINT=otlp.endpoint) as (process, port):
-                threading.Timer(seconds, process.send_signal, [signal.SIGTERM]).start()
-                traces = load(port, 8, seconds + 10)["traces"]
-                process.wait(30)
-            spans = by_trace(otlp.spans)
-        answered += len(traces)
-        whole += sum(is_whole(spans[trace]) for trace in traces)
-    return {"answered": answered, "whole": whole, "stops": stops}
+    for destination in ("exporting", "token"):
+        answered = whole = 0
+        for number in range(1, stops + 1):
+            say(f"5/5 spans: SIGTERM under load, {destination}, {number} of {stops}")
+            with otlp_receiver() as otlp:
+                environment = (
+                    {"LOGFIRE_TOKEN": TOKEN, "LOGFIRE_BASE_URL": otlp.endpoint}
+                    if destination == "token"
+                    else {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.endpoint}
+                )
+                with service(OURS, url, **environment) as (process, port):
+                    threading.Timer(seconds, process.send_signal, [signal.SIGTERM]).start()
+                    traces = load(port, 8, seconds + 10)["traces"]
+                    process.wait(30)
+                spans = by_trace(otlp.spans)
+            answered += len(traces)
+            whole += sum(is_whole(spans[trace]) for trace in traces)
+        results[destination] = {"answered": answered, "whole": whole, "stops": stops}
+    return results
 
 
 def describe_machine(server_url: str) -> dict[str, Any]:
@@ -341,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--growth", action="store_true", help="grow to 5 million records, not 1")
     parser.add_argument("--smoke", action="store_true", help="a round of everything, to see that it works; no figures")
+    parser.add_argument("--json", type=Path, help="also write the figures of every round to this file")
     arguments = parser.parse_args()
     start = time.monotonic()
     few = arguments.smoke
@@ -348,13 +362,15 @@ def main() -> None:
     with temporary_home() as home, server(home) as server_url:
         results = {
             "machine": describe_machine(server_url),
-            "log_l1": measure_log_l1(server_url, 2 if few else 40),
-            "load": measure_load(server_url, 2 if few else 8, 0.5 if few else 2),
+            "log_l1": measure_log_l1(server_url, 2 if few else 30),
+            "load": measure_load(server_url, 1 if few else 4, 0.5 if few else 2),
             "growth": measure_growth(server_url, 2 if few else 15, sizes),
             "round_trips": measure_round_trips(server_url, 2 if few else 15),
-            "spans": measure_spans(server_url, 1 if few else 5, 1 if few else 3),
+            "spans": measure_spans(server_url, 1 if few else 3, 1 if few else 3),
         }
     results["machine"]["minutes"] = (time.monotonic() - start) / 60
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     report.write(results, None if few else ROOT / "docs")
 
 

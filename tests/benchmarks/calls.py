@@ -1,6 +1,6 @@
 """One way of writing, or finding, a record. A process of its own, since Logfire is configured for all of a process.
 
-`python benchmarks/calls.py VARIANT` reads numbers from standard input; for each it makes as many calls, one after the
+`python calls.py VARIANT` reads numbers from standard input; for each it makes as many calls, one after the
 other, and prints one line of JSON: how long each call took and the CPU time of the process per call.
 """
 
@@ -17,13 +17,16 @@ from typing import Final
 from uuid import uuid4
 
 import asyncpg
+import logfire
 import uvloop
 from uuid_utils.compat import uuid7
 
-from backend.cc.deps import Settings, create_sessions
+from backend.cc.config import Settings
+from backend.cc.database import Database
 from backend.cc.mem0_models import BaseLog, EventLog
-from backend.cc.services.logging import INSERT_EVENT, EventRecord, log_l1
-from common.logger_logfire import configure_logfire, flush_logfire
+from backend.cc.records import EventRecord
+from backend.cc.services.logging import INSERT_EVENT, log_l1
+from common.logger_logfire import configure_logfire
 
 Call = Callable[[], Awaitable[object]]
 
@@ -46,10 +49,22 @@ async def raw() -> AsyncIterator[Call]:
 
 
 @contextlib.asynccontextmanager
+async def pool() -> AsyncIterator[Call]:
+    """The second floor: the same SQL through asyncpg's own pool, as a user would write it without `log_l1`."""
+    connections = await asyncpg.create_pool(SETTINGS.database_url.get_secret_value())
+
+    async def call() -> None:
+        base = (uuid7(), datetime.now(UTC), "cc", str(uuid4()), uuid4().hex)
+        await connections.execute(INSERT_EVENT, *base, "test_log", json.dumps(PAYLOAD))
+
+    yield call
+
+
+@contextlib.asynccontextmanager
 async def log_l1_call() -> AsyncIterator[Call]:
     """`log_l1` on one session. Outside a transaction it takes a connection of its own for each call."""
     configure_logfire("cos-cc", otlp=SETTINGS.otel_exporter_otlp_endpoint is not None)
-    session = create_sessions(SETTINGS)()
+    session = Database(SETTINGS).session()
 
     async def call() -> None:
         await log_l1(session, EventRecord("test_log", PAYLOAD))
@@ -60,10 +75,10 @@ async def log_l1_call() -> AsyncIterator[Call]:
 @contextlib.asynccontextmanager
 async def orm() -> AsyncIterator[Call]:
     """What one would write first: SQLAlchemy's unit of work."""
-    sessions = create_sessions(SETTINGS)
+    database = Database(SETTINGS)
 
     async def call() -> None:
-        async with sessions() as session:
+        async with database.session() as session:
             base = BaseLog(
                 id=uuid7(),
                 timestamp=datetime.now(UTC),
@@ -107,6 +122,7 @@ async def find(column: str) -> AsyncIterator[Call]:
 
 VARIANTS: Final[dict[str, Callable[[], contextlib.AbstractAsyncContextManager[Call]]]] = {
     "raw": raw,
+    "pool": pool,
     "log_l1": log_l1_call,
     "orm": orm,
     "request_id": lambda: find("request_id"),
@@ -123,7 +139,7 @@ async def measure(call: Call, count: int) -> dict[str, object]:
         await call()
         walls.append((time.perf_counter() - start) * 1e3)
     # The spans of these calls are still to be sent: nobody waits for that, but the CPU time is theirs.
-    flush_logfire(10)
+    logfire.force_flush()
     return {"milliseconds": walls, "cpu": (time.process_time() - cpu) * 1e3 / count}
 
 

@@ -1,6 +1,6 @@
 """The load generator: POST the same request over and over on N connections. A process of its own.
 
-`python benchmarks/load.py PORT CONNECTIONS SECONDS` prints one line of JSON. It ends after `SECONDS`, or as soon as
+`python load.py PORT CONNECTIONS SECONDS` prints one line of JSON. It ends after `SECONDS`, or as soon as
 the service has closed every connection.
 """
 
