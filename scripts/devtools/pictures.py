@@ -1,7 +1,8 @@
 """Take the pictures of docs/phase2: what scripts/pictures does once everything is installed.
 
 `trace.png` is the viewer's own page in a browser, showing the trace of a `POST /test-log` that was sent a moment
-before. `rows.png` is a page made here of what a query for the same request id answers.
+before. `rows.png` and `terminal.png` are pages made here: what a query for the same request id answers, and what
+`./scripts/serve` has printed.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +34,8 @@ PICTURES: Final = ROOT / "docs/phase2"
 WIDTH: Final = 1120
 """Of the browser's window, in CSS pixels: the viewer needs this many for two columns."""
 
-SPANS: Final = 5
-"""Of a `POST /test-log`: the server's, and for each record `log_l1` and its SQL statement."""
+SPANS: Final = 3
+"""Of a `POST /test-log`: the server's, and `log_l1` for each record."""
 
 BODY: Final = {
     "role": "assistant",
@@ -62,35 +64,31 @@ pre, table {{ font: 12.5px/1.5 monospace; margin: 0 0 10px }}
 table {{ border-collapse: collapse; background: #fff }}
 td, th {{ border: 1px solid #d5dae3; padding: 4px 10px; text-align: left }}
 th {{ background: #eef0f4; font-weight: normal }}
+.terminal {{ background: #1d2330; color: #e6e9ef; padding: 18px 22px; border-radius: 8px; font-size: 15px }}
 """
 
 
 @contextmanager
-def service() -> Iterator[str]:
-    """Run `./scripts/serve --traces` on ports of its own. Yields all that it has printed until it was ready.
+def service() -> Iterator[Callable[[], str]]:
+    """Run `./scripts/serve --traces` on its usual port. Yields a function that returns what it has printed so far."""
+    with tempfile.NamedTemporaryFile() as output:
+        process = subprocess.Popen(
+            [ROOT / "scripts/serve", "--traces"],
+            env={**os.environ, "TRACES_PORT": str(free_port())},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
 
-    Raises:
-        RuntimeError: It has ended before.
-    """
-    ports = {name: str(free_port()) for name in ("PORT", "TRACES_PORT")}
-    process = subprocess.Popen(
-        [ROOT / "scripts/serve", "--traces"],
-        env={**os.environ, **ports},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed = ""
-        for line in process.stdout or ():
-            printed += line
-            if "password" in printed and "curl" in printed:
-                yield printed
-                return
-        raise RuntimeError(f"the service did not start:\n{printed}")
-    finally:
-        os.killpg(process.pid, signal.SIGINT)  # as a Ctrl-C does
-        process.communicate(timeout=30)
+        def printed() -> str:
+            return Path(output.name).read_text()
+
+        try:
+            until(lambda: process.poll() is not None or ("password" in printed() and "curl" in printed()), 60)
+            yield printed
+        finally:
+            os.killpg(process.pid, signal.SIGINT)  # as a Ctrl-C does
+            process.wait(30)
 
 
 def post(host: str) -> dict[str, str]:
@@ -104,16 +102,17 @@ def post(host: str) -> dict[str, str]:
 
 def picture_trace(browser: Browser, viewer: str, password: str, request_id: str) -> None:
     """Picture the trace of a request: the viewer's page with `log_l1` selected, and what it shows of two more spans."""
-    page = browser.new_page(viewport={"width": WIDTH, "height": 1400}, device_scale_factor=2)
+    page = browser.new_page(viewport={"width": WIDTH, "height": 1400}, device_scale_factor=1.5)
     origin = viewer.partition("/#")[0]
     page.request.post(f"{origin}/api/login", data={"password": password})
-    server, log, sql, *_ = wait_for_trace(page, origin, request_id)
+    server, log, other = wait_for_trace(page, origin, request_id)
     page.goto(f"{origin}/#/t/{server['trace_id']}")
     page.get_by_text("Metadata", exact=True).click()
     pictures = {}
-    for run in (server, sql, log):
+    for run in (server, other, log):
         page.locator(f"[data-id='{run['id']}']").click()
         page.locator(".side h2", has_text=run["name"]).wait_for()
+        page.wait_for_timeout(300)  # both records' spans have one name: the page gives no other sign
         pictures[run["id"]] = page.locator(".side .sec").first.screenshot()
     end = page.locator(".side .sec").first.bounding_box() or {"y": 0, "height": 600}
     whole = page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + end["height"] + 12})
@@ -123,7 +122,7 @@ def picture_trace(browser: Browser, viewer: str, password: str, request_id: str)
         browser,
         f"<img src='{data_url(whole)}'><div class=row>"
         f"<div><h2>The same for POST /test-log</h2><img src='{data_url(pictures[server['id']])}'></div>"
-        f"<div><h2>The same for {html.escape(sql['name'])}</h2><img src='{data_url(pictures[sql['id']])}'></div></div>",
+        f"<div><h2>The same for the second log_l1</h2><img src='{data_url(pictures[other['id']])}'></div></div>",
         PICTURES / "trace.png",
     )
 
@@ -149,7 +148,7 @@ def take(browser: Browser, content: str, path: Path) -> None:
         content: The page's HTML.
         path: Where the picture goes.
     """
-    page = browser.new_page(viewport={"width": WIDTH + 40, "height": 100}, device_scale_factor=2)
+    page = browser.new_page(viewport={"width": WIDTH + 40, "height": 100}, device_scale_factor=1.5)
     page.set_content(f"<style>{STYLE}</style>{content}")
     page.screenshot(path=path, full_page=True)
     page.close()
@@ -172,13 +171,22 @@ async def tables(request_id: str) -> str:
         await connection.close()
 
 
+def terminal(printed: str) -> str:
+    """Return what the service has printed as HTML, but for the viewer's password."""
+    lines = [line for line in printed.strip().splitlines() if "password" not in line]
+    text = html.escape("\n".join(["$ ./scripts/serve", *lines]))
+    text = re.sub(r"^\d\d:\d\d:\d\d\.\d+", r"<span style='color:#7ec97e'>\g<0></span>", text, flags=re.MULTILINE)
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    return f"<pre class=terminal>{text}</pre>"
+
+
 def data_url(png: bytes) -> str:
     """Return a picture as an address that a page can hold."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def main() -> None:
-    """Take both pictures.
+    """Take the pictures.
 
     Raises:
         SystemExit: There is no browser.
@@ -187,17 +195,19 @@ def main() -> None:
     if chromium is None:
         sys.exit("pictures: neither chromium nor google-chrome is on the PATH (Debian: apt install chromium)")
     with service() as printed:
-        url = re.search(r"http://(\S+)/test-log", printed)
-        viewer = re.search(r"(http://\S+) \(password: (\S+)\)", printed)
+        url = re.search(r"http://(\S+)/test-log", printed())
+        viewer = re.search(r"(http://\S+) \(password: (\S+)\)", printed())
         if url is None or viewer is None:
-            sys.exit(f"pictures: what scripts/serve prints has changed:\n{printed}")
+            sys.exit(f"pictures: what scripts/serve prints has changed:\n{printed()}")
         post(url[1])  # the first request also connects to the database
         request_id = post(url[1])["request_id"]
+        screen = terminal(printed())
         rows = asyncio.run(tables(request_id))
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER)
             picture_trace(browser, viewer[1], viewer[2], request_id)
             take(browser, f"<div class=row>{rows}</div>", PICTURES / "rows.png")
+            take(browser, screen, PICTURES / "terminal.png")
             browser.close()
 
 
