@@ -78,9 +78,13 @@ TOKEN = {"LOGFIRE_TOKEN": "pylf_v1_us_0123456789", "LOGFIRE_BASE_URL": "{endpoin
 
 
 @pytest.mark.parametrize(
-    ("destination", "fault"), [*((OTLP, fault) for fault in FAULTS), (TOKEN, "hanging")], ids=[*FAULTS, "token hanging"]
+    ("destination", "fault", "number"),
+    [
+        *((OTLP, fault, signal.SIGTERM) for fault in FAULTS),
+        *((destination, "hanging", signal.SIGINT) for destination in (OTLP, TOKEN)),
+    ],
+    ids=[*FAULTS, "hanging, SIGINT", "hanging, token, SIGINT"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_receiver_that_fails_delays_neither_requests_nor_the_end(
     run: Run, destination: dict[str, str], fault: str, number: int
 ) -> None:
