@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -29,70 +28,55 @@ import asyncpg
 import psutil
 from sqlalchemy import make_url
 
-import report
+from benchmarks import report
 from devtools import ROOT
 from devtools.otlp import otlp_receiver
-from devtools.ports import free_port, listens
 from devtools.postgres import server, temporary_home
+from devtools.service import Service, running_service
 from devtools.traces import by_trace, is_whole
-from devtools.waiting import until
 from devtools.wire import counted
-
-HERE: Final = Path(__file__).resolve().parent
-OURS: Final = "backend.cc.cc_main:app"
-TOKEN: Final = "pylf_v1_us_0123456789"  # Logfire's SDK takes it for a token; it opens nothing
-
-# No setting of a developer's shines through.
-ENVIRONMENT: Final = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("LOGFIRE_", "OTEL_", "CC_", "PG"))},
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "scripts"), str(HERE)]),
-}
+from support.database import execute, run_alembic, with_database
 
 Round = dict[str, float]
 
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value that so many percent of `values` are not above."""
-    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+OURS: Final = "backend.cc.cc_main:app"
 
 
 def say(text: str) -> None:
-    """Show that it goes on."""
+    """Print what is going on."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
-async def _fetch(url: str, statement: str, *values: object) -> Any:
+async def _fetch(url: str, statement: str) -> Any:
     connection = await asyncpg.connect(url)
     try:
-        return await connection.fetchval(statement, *values)
+        return await connection.fetchval(statement)
     finally:
         await connection.close()
 
 
-def fetch(url: str, statement: str, *values: object) -> Any:
+def fetch(url: str, statement: str) -> Any:
     """Run one statement and return the first value of its first row."""
-    return asyncio.run(_fetch(url, statement, *values))
+    return asyncio.run(_fetch(url, statement))
 
 
-def new_database(server_url: str, template: str | None = None) -> str:
-    """Create a database and return its URL: a copy of `template`, or by the real migrations."""
+def new_database(server_url: str, template: str = "") -> str:
+    """Create a database and return its URL: a copy of `template`, or one made by the real migrations."""
     name = f"bench_{uuid4().hex}"
-    fetch(server_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
-    url = make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    asyncio.run(execute(server_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "")))
+    url = with_database(server_url, name)
     if not template:
-        command = [sys.executable, "-m", "alembic", "upgrade", "head"]
-        subprocess.run(
-            command, cwd=ROOT, env=ENVIRONMENT | {"DATABASE_URL": url}, check=True, stderr=subprocess.DEVNULL
-        )
+        run_alembic(url, "upgrade", "head").check_returncode()
     return url
 
 
 @contextmanager
 def child(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a Python program until the block ends."""
+    """Run a module of Python until the block ends. Its standard input and output are pipes."""
     process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env=ENVIRONMENT | environment,
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -107,54 +91,57 @@ def child(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]
 def line(process: subprocess.Popen[str]) -> str:
     """Read one line of what a child prints."""
     if process.stdout is None or not (text := process.stdout.readline()):
-        raise RuntimeError(f"{process.args!r} ended: see its message above")
+        raise RuntimeError(f"{process.args!r} has ended: see its message above")
     return text.strip()
 
 
 @contextmanager
 def receiver() -> Iterator[str]:
-    """Run an OTLP receiver that keeps nothing, in a process of its own."""
-    with child("-m", "devtools.otlp") as process:
+    """Run an OTLP receiver that keeps nothing, in a process of its own. It also stands for Logfire's endpoint."""
+    with child("devtools.otlp") as process:
         yield line(process)
 
 
 @contextmanager
 def caller(variant: str, url: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run calls.py; see there."""
-    with child(str(HERE / "calls.py"), variant, DATABASE_URL=url, **environment) as process:
+    """Run benchmarks/calls.py; see there."""
+    with child("benchmarks.calls", variant, DATABASE_URL=url, **environment) as process:
         line(process)
         yield process
 
 
 def calls(process: subprocess.Popen[str], count: int) -> Round:
-    """Let it make so many calls, and return what one took, in milliseconds."""
-    assert process.stdin is not None
+    """Let a caller make so many calls, and return what one took, in milliseconds."""
+    assert process.stdin is not None  # for mypy
     process.stdin.write(f"{count}\n")
     process.stdin.flush()
-    answer = json.loads(line(process))
-    walls = answer["milliseconds"]
-    return {"p50": percentile(walls, 50), "p95": percentile(walls, 95), "cpu": answer["cpu"]}
+    answer: Round = json.loads(line(process))
+    return answer
 
 
-@contextmanager
-def service(app: str, url: str, **environment: str) -> Iterator[tuple[psutil.Process, int]]:
-    """Run uvicorn with one worker; yield it with its port."""
-    port = free_port()
-    options = ("--no-access-log", "--log-level=error", "--loop=uvloop", "--http=httptools", "--reset-contextvars")
-    with child("-m", "uvicorn", app, f"--port={port}", *options, DATABASE_URL=url, **environment) as process:
-        until(lambda: listens(port), 30, f"{app} listens")
-        yield psutil.Process(process.pid), port
+def service(url: str, log: Path, app: str = OURS, **environment: str) -> AbstractContextManager[Service]:
+    """Run an application as `devtools.service` does, with one worker."""
+    return running_service(url, log, "--app-dir=tests", "--no-access-log", "--log-level=error", app=app, **environment)
+
+
+def exporting(endpoint: str) -> dict[str, dict[str, str]]:
+    """Return the environment of a service that sends its spans to `endpoint`, by the way of sending."""
+    return {
+        "otlp": {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+        "token": {"LOGFIRE_TOKEN": "pylf_v1_us_0123456789", "LOGFIRE_BASE_URL": endpoint},
+    }
 
 
 def load(port: int, connections: int, seconds: float) -> dict[str, Any]:
-    """Run load.py; see there."""
-    command = [sys.executable, str(HERE / "load.py"), str(port), str(connections), str(seconds)]
-    # Into a file: a line as long as this one can reach the reader of a pipe in part.
-    with tempfile.TemporaryFile("w+") as output:
-        subprocess.run(command, env=ENVIRONMENT, stdout=output, check=True, timeout=seconds + 30)
-        output.seek(0)
-        answer: dict[str, Any] = json.load(output)
-        return answer
+    """Run benchmarks/load.py; see there."""
+    with tempfile.NamedTemporaryFile() as file:
+        arguments = (str(port), str(connections), str(seconds), file.name)
+        command = [sys.executable, "-m", "benchmarks.load", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=seconds + 30)
+        answer: dict[str, Any] = json.load(file)
+    if answer["failures"]:
+        raise RuntimeError(f"{answer['failures']} requests were not answered 200")
+    return answer
 
 
 # --- the five measurements ------------------------------------------------------------------------------------------
@@ -167,10 +154,11 @@ def measure_log_l1(server_url: str, rounds: int) -> dict[str, list[Round]]:
     with ExitStack() as stack:
         endpoint = stack.enter_context(receiver())
         callers = {
-            "raw": stack.enter_context(caller("raw", url)),
+            "held": stack.enter_context(caller("held", url)),
             "pool": stack.enter_context(caller("pool", url)),
+            "pool_without_reset": stack.enter_context(caller("pool_without_reset", url)),
             "log_l1": stack.enter_context(caller("log_l1", url)),
-            "exporting": stack.enter_context(caller("log_l1", url, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)),
+            "exporting": stack.enter_context(caller("log_l1", url, **exporting(endpoint)["otlp"])),
             "orm": stack.enter_context(caller("orm", url)),
         }
         for number in range(1, rounds + 1):
@@ -180,44 +168,44 @@ def measure_log_l1(server_url: str, rounds: int) -> dict[str, list[Round]]:
     return dict(results)
 
 
-def measure_load(server_url: str, rounds: int, seconds: float) -> dict[str, dict[str, list[Round]]]:
-    """POST /test-log as fast as one worker answers, on 1, 8 and 64 connections; on 8 twice as many rounds."""
+def measure_load(server_url: str, rounds: dict[int, int], seconds: float) -> dict[str, dict[str, list[Round]]]:
+    """POST /test-log as fast as one worker answers; `rounds` are by the number of connections."""
     results: dict[str, dict[str, list[Round]]] = {}
     url = new_database(server_url)
     with ExitStack() as stack:
-        otlp, logfire, other = (stack.enter_context(receiver()) for _ in range(3))
-        services = {
-            "floor": stack.enter_context(service("floor:app", url)),
-            "ours": stack.enter_context(service(OURS, url)),
-            "exporting": stack.enter_context(service(OURS, url, OTEL_EXPORTER_OTLP_ENDPOINT=otlp)),
-            "token": stack.enter_context(service(OURS, url, LOGFIRE_TOKEN=TOKEN, LOGFIRE_BASE_URL=logfire)),
-            "alternative": stack.enter_context(service("alternative:app", url, OTEL_EXPORTER_OTLP_ENDPOINT=other)),
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ways = exporting(stack.enter_context(receiver()))
+        variants: dict[str, tuple[str, dict[str, str]]] = {
+            "floor": ("benchmarks.floor:app", {}),
+            "untraced": (OURS, {}),
+            "otlp": (OURS, ways["otlp"]),
+            "token": (OURS, ways["token"]),
+            "instrumented": ("benchmarks.instrumented:app", ways["otlp"]),
         }
-        for _, port in services.values():
-            load(port, 8, seconds)
-        for connections in (1, 8, 64):
+        services = {
+            variant: stack.enter_context(service(url, directory / variant, app, **environment))
+            for variant, (app, environment) in variants.items()
+        }
+        times = {variant: psutil.Process(each.process.pid).cpu_times for variant, each in services.items()}
+        for each in services.values():
+            load(each.port, 8, seconds)
+        for connections, count in rounds.items():
             loads: dict[str, list[Round]] = defaultdict(list)
             cpu: dict[str, list[float]] = defaultdict(list)
-            for number in range(1, (2 * rounds if connections == 8 else rounds) + 1):
-                say(f"2/5 POST /test-log, {connections} connections: round {number} of {rounds}")
-                for variant, (process, port) in services.items():
-                    # Read just before a round: what a service still did after its last one, sending spans, counts.
-                    cpu[variant].append(sum(process.cpu_times()[:2]))
-                    loads[variant].append(_answers(load(port, connections, seconds)))
-            for variant, (process, _) in services.items():
-                cpu[variant].append(sum(process.cpu_times()[:2]))
-                for done, before, after in zip(loads[variant], cpu[variant], cpu[variant][1:], strict=False):
-                    done["cpu"] = (after - before) * 1e3 / done.pop("requests")
+            for number in range(1, count + 1):
+                say(f"2/5 POST /test-log, {connections} connections: round {number} of {count}")
+                for variant, each in services.items():
+                    # Read just before a round, so that the spans that a service has sent since its last round count.
+                    cpu[variant].append(sum(times[variant]()[:2]))
+                    answer = load(each.port, connections, seconds)
+                    del answer["traces"]
+                    loads[variant].append(answer)
+            for variant, done in loads.items():
+                cpu[variant].append(sum(times[variant]()[:2]))
+                for each_round, before, after in zip(done, cpu[variant], cpu[variant][1:], strict=False):
+                    each_round["cpu"] = (after - before) * 1e3 / each_round["requests"]
             results[str(connections)] = dict(loads)
     return results
-
-
-def _answers(answer: dict[str, Any]) -> Round:
-    if answer["failures"]:
-        raise RuntimeError(f"{answer['failures']} requests were not answered 200")
-    walls = answer["milliseconds"]
-    result = {f"p{percent}": percentile(walls, percent) for percent in (50, 95, 99)}
-    return result | {"requests": len(walls), "rps": len(walls) / answer["seconds"]}
 
 
 FILL: Final = """
@@ -251,7 +239,7 @@ async def _fill(url: str, stored: int, records: int) -> None:
     step = 50_000
     for first in range(stored // 2, records // 2, step):
         say(f"3/5 growth: {2 * first:,} of {records:,} records")
-        # The foreign keys hold by construction; checking five million of them would take longer than writing them.
+        # The foreign keys hold by construction. To check five million of them would take longer than to write them.
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(FILL, first + 1, first + step)
     await connection.execute("VACUUM (ANALYZE)")
@@ -267,13 +255,13 @@ def measure_growth(server_url: str, rounds: int, sizes: Sequence[int]) -> dict[s
     with ExitStack() as stack:
         callers = {}
         for records in sizes:
-            url = new_database(server_url, make_url(url).database if url else None)
+            url = new_database(server_url, make_url(url).database or "" if url else "")
             asyncio.run(_fill(url, stored, records))
             stored = records
             results[str(records)] = {"bytes": fetch(url, SIZE), "rounds": defaultdict(list)}
             databases[str(records)] = url
         for size, url in databases.items():
-            for variant in ("raw", "log_l1", "request_id", "trace_id"):
+            for variant in ("held", "log_l1", "request_id", "trace_id"):
                 callers[size, variant] = stack.enter_context(caller(variant, url))
         for number in range(1, rounds + 1):
             say(f"3/5 growth: round {number} of {rounds}")
@@ -288,7 +276,7 @@ def measure_round_trips(server_url: str, rounds: int) -> dict[str, Any]:
     url = new_database(server_url)
     with ExitStack() as stack:
         callers = {}
-        for variant in ("raw", "log_l1", "orm"):
+        for variant in ("held", "log_l1", "orm"):
             wire = stack.enter_context(counted(url, delay=0.001))
             callers[variant] = (stack.enter_context(caller(variant, wire.url)), wire)
             results[variant] = {"rounds": []}
@@ -303,26 +291,21 @@ def measure_round_trips(server_url: str, rounds: int) -> dict[str, Any]:
 
 def measure_spans(server_url: str, stops: int, seconds: float) -> dict[str, dict[str, int]]:
     """Stop the service with SIGTERM under full load; of the requests answered, count the traces that are whole."""
-    results: dict[str, dict[str, int]] = {}
+    results = {}
     url = new_database(server_url)
-    for destination in ("exporting", "token"):
+    for way in ("otlp", "token"):
         answered = whole = 0
         for number in range(1, stops + 1):
-            say(f"5/5 spans: SIGTERM under load, {destination}, {number} of {stops}")
-            with otlp_receiver() as otlp:
-                environment = (
-                    {"LOGFIRE_TOKEN": TOKEN, "LOGFIRE_BASE_URL": otlp.endpoint}
-                    if destination == "token"
-                    else {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.endpoint}
-                )
-                with service(OURS, url, **environment) as (process, port):
-                    threading.Timer(seconds, process.send_signal, [signal.SIGTERM]).start()
-                    traces = load(port, 8, seconds + 10)["traces"]
-                    process.wait(30)
+            say(f"5/5 spans, {way}: SIGTERM under load, {number} of {stops}")
+            with otlp_receiver() as otlp, tempfile.TemporaryDirectory() as directory:
+                with service(url, Path(directory, "log"), **exporting(otlp.endpoint)[way]) as running:
+                    threading.Timer(seconds, running.process.terminate).start()
+                    traces = load(running.port, 8, seconds + 10)["traces"]
+                    running.process.wait(30)
                 spans = by_trace(otlp.spans)
             answered += len(traces)
             whole += sum(is_whole(spans[trace]) for trace in traces)
-        results[destination] = {"answered": answered, "whole": whole, "stops": stops}
+        results[way] = {"answered": answered, "whole": whole, "stops": stops}
     return results
 
 
@@ -353,25 +336,32 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--growth", action="store_true", help="grow to 5 million records, not 1")
-    parser.add_argument("--smoke", action="store_true", help="a round of everything, to see that it works; no figures")
-    parser.add_argument("--json", type=Path, help="also write the figures of every round to this file")
+    parser.add_argument("--smoke", action="store_true", help="a round of everything, to see that it works; no page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there")
     arguments = parser.parse_args()
+    # No setting of a developer's shines through.
+    for name in list(os.environ):
+        if name.startswith(("LOGFIRE_", "OTEL_", "CC_", "PG")):
+            del os.environ[name]
     start = time.monotonic()
     few = arguments.smoke
     sizes = (0, 100_000) if few else (0, 1_000_000, 5_000_000) if arguments.growth else (0, 1_000_000)
+    rounds = {1: 1, 8: 2, 64: 1} if few else {1: 4, 8: 10, 64: 4}
     with temporary_home() as home, server(home) as server_url:
         results = {
             "machine": describe_machine(server_url),
-            "log_l1": measure_log_l1(server_url, 2 if few else 30),
-            "load": measure_load(server_url, 1 if few else 4, 0.5 if few else 2),
+            "log_l1": measure_log_l1(server_url, 2 if few else 40),
+            "load": measure_load(server_url, rounds, 0.5 if few else 2),
             "growth": measure_growth(server_url, 2 if few else 15, sizes),
             "round_trips": measure_round_trips(server_url, 2 if few else 15),
-            "spans": measure_spans(server_url, 1 if few else 3, 1 if few else 3),
+            "spans": measure_spans(server_url, 1 if few else 4, 1 if few else 3),
         }
     results["machine"]["minutes"] = (time.monotonic() - start) / 60
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    report.write(results, None if few else ROOT / "docs")
+    report.print_tables(results)
+    if not few:
+        report.write_page(results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One way of writing, or finding, a record. A process of its own, since Logfire is configured for all of a process.
 
-`python calls.py VARIANT` reads numbers from standard input; for each it makes as many calls, one after the
-other, and prints one line of JSON: how long each call took and the CPU time of the process per call.
+`python -m benchmarks.calls VARIANT` reads numbers from standard input. For each it makes as many calls, one after the
+other, and prints one line of JSON: percentiles of their times, and the CPU time of the process per call.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
+from statistics import quantiles
 from typing import Final
 from uuid import uuid4
 
@@ -26,6 +27,7 @@ from backend.cc.database import Database
 from backend.cc.mem0_models import BaseLog, EventLog
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import INSERT_EVENT, log_l1
+from benchmarks.floor import keep_as_it_is
 from common.logger_logfire import configure_logfire
 
 Call = Callable[[], Awaitable[object]]
@@ -34,37 +36,40 @@ PAYLOAD: Final = {"message": "hello", "model": "small", "cached": False}
 """What the event holds."""
 
 SETTINGS: Final = Settings()
+URL: Final = SETTINGS.database_url.get_secret_value()
+
+
+def _insert(executor: asyncpg.Connection | asyncpg.Pool) -> Call:
+    async def call() -> None:
+        base = (uuid7(), datetime.now(UTC), "cc", str(uuid4()), uuid4().hex)
+        await executor.execute(INSERT_EVENT, *base, "test_log", json.dumps(PAYLOAD))
+
+    return call
 
 
 @contextlib.asynccontextmanager
-async def raw() -> AsyncIterator[Call]:
+async def held() -> AsyncIterator[Call]:
     """The floor: the same SQL on one asyncpg connection that is never given back, its values made for each call."""
-    connection = await asyncpg.connect(SETTINGS.database_url.get_secret_value())
-
-    async def call() -> None:
-        base = (uuid7(), datetime.now(UTC), "cc", str(uuid4()), uuid4().hex)
-        await connection.execute(INSERT_EVENT, *base, "test_log", json.dumps(PAYLOAD))
-
-    yield call
+    yield _insert(await asyncpg.connect(URL))
 
 
 @contextlib.asynccontextmanager
 async def pool() -> AsyncIterator[Call]:
-    """The second floor: the same SQL through asyncpg's own pool, as a user would write it without `log_l1`."""
-    connections = await asyncpg.create_pool(SETTINGS.database_url.get_secret_value())
+    """The second floor: the same through asyncpg's own pool, which a service without `log_l1` would use."""
+    yield _insert(await asyncpg.create_pool(URL))
 
-    async def call() -> None:
-        base = (uuid7(), datetime.now(UTC), "cc", str(uuid4()), uuid4().hex)
-        await connections.execute(INSERT_EVENT, *base, "test_log", json.dumps(PAYLOAD))
 
-    yield call
+@contextlib.asynccontextmanager
+async def pool_without_reset() -> AsyncIterator[Call]:
+    """The same without the statement by which the pool cleans a connection that comes back."""
+    yield _insert(await asyncpg.create_pool(URL, reset=keep_as_it_is))
 
 
 @contextlib.asynccontextmanager
 async def log_l1_call() -> AsyncIterator[Call]:
-    """`log_l1` on one session. Outside a transaction it takes a connection of its own for each call."""
-    configure_logfire("cos-cc", otlp=SETTINGS.otel_exporter_otlp_endpoint is not None)
-    session = Database(SETTINGS).session()
+    """`log_l1` as an endpoint that only logs calls it."""
+    configure_logfire("cos-cc", **SETTINGS.tracing())
+    session = Database(SETTINGS).idle
 
     async def call() -> None:
         await log_l1(session, EventRecord("test_log", PAYLOAD))
@@ -109,7 +114,7 @@ FIND: Final = """
 @contextlib.asynccontextmanager
 async def find(column: str) -> AsyncIterator[Call]:
     """Look up the records of a request or a trace, each time another one."""
-    connection = await asyncpg.connect(SETTINGS.database_url.get_secret_value())
+    connection = await asyncpg.connect(URL)
     count = max(1, await connection.fetchval("SELECT count(*) FROM mem0_cc.base_log"))
     values = itertools.cycle([row[0] for row in await connection.fetch(SAMPLE.replace("COLUMN", column), count)])
     query = FIND.replace("COLUMN", column)
@@ -121,8 +126,9 @@ async def find(column: str) -> AsyncIterator[Call]:
 
 
 VARIANTS: Final[dict[str, Callable[[], contextlib.AbstractAsyncContextManager[Call]]]] = {
-    "raw": raw,
+    "held": held,
     "pool": pool,
+    "pool_without_reset": pool_without_reset,
     "log_l1": log_l1_call,
     "orm": orm,
     "request_id": lambda: find("request_id"),
@@ -130,17 +136,18 @@ VARIANTS: Final[dict[str, Callable[[], contextlib.AbstractAsyncContextManager[Ca
 }
 
 
-async def measure(call: Call, count: int) -> dict[str, object]:
-    """Make so many calls and say what they took, in milliseconds."""
+async def measure(call: Call, count: int) -> dict[str, float]:
+    """Make so many calls and return what one took, in milliseconds."""
     walls = []
     cpu = time.process_time()
     for _ in range(count):
         start = time.perf_counter()
         await call()
         walls.append((time.perf_counter() - start) * 1e3)
-    # The spans of these calls are still to be sent: nobody waits for that, but the CPU time is theirs.
+    # The spans of these calls are still to be sent. No caller waits for that, but the CPU time counts.
     logfire.force_flush()
-    return {"milliseconds": walls, "cpu": (time.process_time() - cpu) * 1e3 / count}
+    percentiles = quantiles(walls, n=100, method="inclusive")
+    return {"p50": percentiles[49], "p95": percentiles[94], "cpu": (time.process_time() - cpu) * 1e3 / count}
 
 
 async def main(variant: str) -> None:
@@ -153,7 +160,7 @@ async def main(variant: str) -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             print(json.dumps(await measure(call, int(line))), flush=True)
-    os._exit(0)  # with its connections open: there is nothing to be kept
+    os._exit(0)  # with its connections open: they have nothing to keep
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Each cost beside its floor. `scripts/bench` runs it; pytest does not."""
