@@ -1,7 +1,4 @@
-"""Receive OTLP traces over HTTP and keep what arrives: the other end of the exporter, for tests and measurements.
-
-`PYTHONPATH=scripts python -m devtools.otlp` runs one until it is stopped, and prints its address first.
-"""
+"""Receive OTLP traces over HTTP and keep what arrives. `python -m devtools.otlp` runs a receiver that keeps nothing."""
 
 import gzip
 import threading
@@ -13,138 +10,102 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanProto
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from devtools.ports import HOST
 
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """A span as it arrived. Ids are hexadecimal, times nanoseconds since 1970."""
+    """A span as it arrived, its ids in hexadecimal."""
 
     name: str
     trace_id: str
     span_id: str
     parent_id: str
     kind: int
-    start: int
-    end: int
     attributes: dict[str, Any]
     resource: dict[str, Any]
-    proto: SpanProto = field(repr=False)
+    proto: Span = field(repr=False)
 
 
-def decode(body: bytes) -> list[ReceivedSpan]:
-    """Return the spans of one export request.
-
-    Args:
-        body: An `ExportTraceServiceRequest`, not compressed.
-    """
-    request = ExportTraceServiceRequest.FromString(body)
-    return [
-        ReceivedSpan(
-            span.name,
-            span.trace_id.hex(),
-            span.span_id.hex(),
-            span.parent_span_id.hex(),
-            span.kind,
-            span.start_time_unix_nano,
-            span.end_time_unix_nano,
-            _attributes(span.attributes),
-            _attributes(resource.resource.attributes),
-            span,
-        )
-        for resource in request.resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-    ]
+def _decode(body: bytes) -> Iterator[ReceivedSpan]:
+    for sender in ExportTraceServiceRequest.FromString(body).resource_spans:
+        resource = _attributes(sender.resource.attributes)
+        for span in (span for scope in sender.scope_spans for span in scope.spans):
+            ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
+            yield ReceivedSpan(span.name, *ids, span.kind, _attributes(span.attributes), resource, span)
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
-    return {pair.key: _value(pair.value) for pair in pairs}
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value") for pair in pairs}
 
 
-def _value(value: AnyValue) -> Any:
-    kind = value.WhichOneof("value")
-    if kind == "array_value":
-        return [_value(item) for item in value.array_value.values]
-    return getattr(value, kind) if kind else None
-
-
-class Receiver:
-    """An OTLP receiver on loopback.
+class Receiver(ThreadingHTTPServer):
+    """An OTLP receiver on the loopback interface.
 
     Args:
         status: What it answers. Anything but 200 keeps nothing.
-        keep: Whether to keep the requests; a receiver for a load test does not.
+        keep: Whether to keep what arrives; a receiver for a load test does not.
     """
 
+    daemon_threads = True
+
     def __init__(self, *, status: int = 200, keep: bool = True) -> None:
+        super().__init__((HOST, 0), _Handler)
+        self.endpoint = f"http://{HOST}:{self.server_port}"
         self.status = status
-        self.keep = keep
-        self.requests = 0
+        self._keep = keep and status == HTTPStatus.OK
         self._bodies: list[bytes] = []
-        self._lock = threading.Lock()
-        receiver = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def take(self, path: str, body: bytes) -> None:
+        """Count an export request, and keep it if it has traces."""
+        self._bodies.append(body if self._keep and path == "/v1/traces" else b"")
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                receiver._take(self.path, self.headers.get("content-encoding"), body)
-                self.send_response(receiver.status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def do_GET(self) -> None:
-                # What the Logfire SDK asks when it starts with a token: which project it belongs to.
-                body = b'{"project_name": "here", "project_url": "http://127.0.0.1"}'
-                self.send_response(HTTPStatus.OK)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        """For `OTEL_EXPORTER_OTLP_ENDPOINT`."""
-
-    def _take(self, path: str, encoding: str | None, body: bytes) -> None:
-        with self._lock:
-            self.requests += 1
-            if self.keep and self.status == HTTPStatus.OK and path == "/v1/traces":
-                self._bodies.append(gzip.decompress(body) if encoding == "gzip" else body)
+    @property
+    def requests(self) -> int:
+        """How many export requests have arrived."""
+        return len(self._bodies)
 
     @property
     def spans(self) -> list[ReceivedSpan]:
-        """Every span that has arrived, in order of arrival."""
-        with self._lock:
-            bodies = list(self._bodies)
-        # Decoded when asked for: under load the receiver must not be what is slow.
-        return [span for body in bodies for span in decode(body)]
+        """Every span that has arrived, in order of arrival. Receiving stays cheap, because they are decoded here."""
+        return [span for body in list(self._bodies) for span in _decode(body)]
 
-    def serve_forever(self) -> None:
-        """Receive until `close`."""
-        self._server.serve_forever(poll_interval=0.05)
 
-    def close(self) -> None:
-        """Stop receiving."""
-        self._server.shutdown()
-        self._server.server_close()
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.take(self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body)
+        self._answer(self.server.status)
+
+    def do_GET(self) -> None:
+        # The Logfire SDK asks at its start which project the token belongs to.
+        self._answer(HTTPStatus.OK, b'{"project_name": "here", "project_url": "http://127.0.0.1"}')
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @contextmanager
 def otlp_receiver(*, status: int = 200, keep: bool = True) -> Iterator[Receiver]:
     """Run a receiver in a thread. See `Receiver`."""
-    receiver = Receiver(status=status, keep=keep)
-    threading.Thread(target=receiver.serve_forever, daemon=True).start()
-    try:
-        yield receiver
-    finally:
-        receiver.close()
+    with Receiver(status=status, keep=keep) as receiver:
+        threading.Thread(target=receiver.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield receiver
+        finally:
+            receiver.shutdown()
 
 
 if __name__ == "__main__":

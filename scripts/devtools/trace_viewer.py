@@ -1,8 +1,7 @@
 """Run a command with its traces going to a local viewer (lighttrace): what scripts/traces does once it is installed.
 
-The viewer listens on the loopback interface alone and keeps its data in a private directory. It lives as
-long as somebody holds the other end of its standard input: the command inherits it, so the viewer takes the
-command's last spans and ends after it, however it ends.
+The viewer listens on the loopback interface alone. The command inherits the write end of the viewer's standard input.
+The kernel closes it when the command ends, however it ends, and the viewer ends after it, with its last spans.
 """
 
 import os
@@ -18,30 +17,27 @@ from devtools import ROOT
 from devtools.ports import HOST, listens, port_of, require_free
 from devtools.waiting import until
 
-START_SECONDS: Final = 30.0
-
-HOME: Final = Path(sys.prefix, "var")
-"""Of the viewer: its password, its log and the traces, in its own virtual environment."""
+HOME: Final = Path(sys.prefix, "var")  # the viewer's password, log and traces, in its own virtual environment
 
 
 def run(port: int, command: list[str]) -> None:
-    """Start the viewer and become the command, or wait to be stopped where there is none. Does not return.
-
-    Args:
-        port: Where the viewer listens on the loopback interface.
-        command: A program, searched on the `PATH`, and its arguments.
+    """Start the viewer on a port and become the command, or wait to be stopped where there is none. Does not return.
 
     Raises:
         OSError: The port is taken, or the viewer did not start.
     """
     require_free(port, f"TRACES_PORT={port + 1}")
     HOME.mkdir(0o700, exist_ok=True)
-    key, password = secrets.token_urlsafe(16), stored_password()
+    password_file, log_file = HOME / "password", HOME / "viewer.log"
+    password_file.touch(0o600)
+    if not password_file.read_text():  # made once for each clone, so that a browser stays logged in
+        password_file.write_text(secrets.token_urlsafe(6))
+    key, password = secrets.token_urlsafe(16), password_file.read_text()
     reader, writer = os.pipe()
-    with (HOME / "viewer.log").open("w") as log:
+    with log_file.open("w") as log:
         viewer = subprocess.Popen(
             [sys.executable, "-m", "devtools.trace_viewer", "--view"],
-            # Its own directory, its own environment: it would read a `.env` and anybody's LIGHTTRACE_*.
+            # Its own directory and environment: it would read a `.env` there, and the user's LIGHTTRACE_*.
             cwd=HOME,
             env={
                 "LIGHTTRACE_API_KEYS": key,
@@ -54,19 +50,17 @@ def run(port: int, command: list[str]) -> None:
             stdin=reader,
             stdout=log,
             stderr=log,
-            umask=0o077,
             start_new_session=True,  # a Ctrl-C is for the command, which then has spans to deliver
         )
-    address = f"http://{HOST}:{port}"
-    until(lambda: listens(port) or viewer.poll() is not None, START_SECONDS, "the viewer listens")
+    until(lambda: listens(port) or viewer.poll() is not None, 30, "the viewer listens")
     if viewer.poll() is not None:
-        raise OSError(f"the viewer did not start:\n{(HOME / 'viewer.log').read_text()}")
+        raise OSError(f"the viewer did not start:\n{log_file.read_text()}")
+    address = f"http://{HOST}:{port}"
     note = f"See the traces at {address}/#/p/cos-cc (password: {password})"
     exporter = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": address,
         "OTEL_EXPORTER_OTLP_HEADERS": f"x-api-key={key}",
-        # The viewer takes traces only.
-        "OTEL_LOGS_EXPORTER": "none",
+        "OTEL_LOGS_EXPORTER": "none",  # the viewer takes traces only
         "OTEL_METRICS_EXPORTER": "none",
     }
     if not command:
@@ -79,33 +73,22 @@ def run(port: int, command: list[str]) -> None:
     os.execvpe(command[0], command, others | exporter | {"TRACES_NOTE": note})  # noqa: S606
 
 
-def stored_password() -> str:
-    """Return the viewer's password, made up once for each clone, so that a browser stays logged in."""
-    path = HOME / "password"
-    if not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123 - its mode
-            file.write(secrets.token_urlsafe(6))
-    return path.read_text()
-
-
 def view() -> None:
-    """Be the viewer, until standard input ends."""
+    """Be the viewer, until no process holds the other end of standard input."""
     import lighttrace  # type: ignore[import-not-found]  # noqa: PLC0415 - of the viewer's own environment
 
-    threading.Thread(target=end_with_stdin, daemon=True).start()
+    def end() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    del sys.argv[1:]
+    threading.Thread(target=end, daemon=True).start()
     lighttrace.main()
-
-
-def end_with_stdin() -> None:
-    """Stop this process once nobody holds the other end of its standard input."""
-    sys.stdin.buffer.read()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     try:
         if sys.argv[1:] == ["--view"]:
-            del sys.argv[1:]
             view()
         else:
             run(port_of("TRACES_PORT", 1984), sys.argv[1:])

@@ -8,18 +8,10 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], seconds: float = 15, what: str = "what was waited for") -> T:
-    """Wait until a condition is true.
-
-    Args:
-        condition: Called every 20 milliseconds.
-        seconds: How long to wait at most. The condition is called at least once.
-        what: What the condition says, for the error: `"the service listens"`.
-
-    Returns:
-        The first true value that the condition returned.
+    """Call a condition every 20 milliseconds, and return the first true value that it returns.
 
     Raises:
-        TimeoutError: The condition was never true.
+        TimeoutError: It returned none in so many seconds. The message has `what` the condition says.
     """
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -34,8 +34,8 @@ from devtools.otlp import otlp_receiver
 from devtools.postgres import server, temporary_home
 from devtools.service import Service, running_service
 from devtools.traces import by_trace, is_whole
-from devtools.wire import counted
 from support.database import execute, run_alembic, with_database
+from support.wire import counted
 
 Round = dict[str, float]
 

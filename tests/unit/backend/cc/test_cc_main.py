@@ -20,7 +20,7 @@ from backend.cc.config import Settings
 from devtools import ROOT
 from devtools.otlp import Receiver, otlp_receiver
 from devtools.service import running_service
-from devtools.wire import counted
+from support.wire import counted
 
 CALLERS_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{CALLERS_TRACE}-00f067aa0ba902b7-01"

@@ -40,7 +40,7 @@ from backend.cc.records import EventRecord, PromptRecord, Record
 from backend.cc.services.logging import INSERT_EVENT, log_l1
 from common.logger_logfire import configure_logfire
 from common.request_id_middleware import request_id_var
-from devtools.wire import counted
+from support.wire import counted
 
 PROMPT = PromptRecord("user", "What is the capital of France?", tokens_in=9, tokens_out=0)
 EVENT = EventRecord("tool.called", {"tool": "search", "hits": [1, 2]})

@@ -3,7 +3,7 @@ import time
 import asyncpg
 import pytest
 
-from devtools.wire import counted
+from support.wire import counted
 
 
 @pytest.mark.parametrize("statements", [1, 3])

@@ -7,36 +7,39 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 from sqlalchemy import make_url
 
 from devtools.ports import HOST
 
-ROUND_TRIPS: Final = frozenset({b"Q", b"S"})
+_ROUND_TRIPS: Final = (b"Q", b"S")
 """Frontend messages after which a client waits for the server: Query and Sync (PostgreSQL manual, 54.7)."""
 
+_UNANSWERED: Final = (b"P", b"B", b"D", b"E", b"C")
+"""Frontend messages that the server answers only after a Sync: they are passed on together with it."""
 
+
+@dataclass
 class Wire:
-    """What has passed the proxy, and the way through it.
+    """A way to the server, and what has passed on it.
 
     Attributes:
         url: A database URL that leads through the proxy.
-        messages: How many frontend messages have passed, by their type.
+        messages: How many frontend messages have passed, by their type. The first one of a connection has none.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.messages: Counter[bytes] = Counter()
+    url: str
+    messages: Counter[bytes] = field(default_factory=Counter)
 
     @property
     def round_trips(self) -> int:
         """How often the client has waited for the server."""
-        return sum(self.messages[kind] for kind in ROUND_TRIPS)
+        return sum(self.messages[kind] for kind in _ROUND_TRIPS)
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
     """Run a proxy on a TCP port of the loopback interface. Its threads serve synchronous and asynchronous clients.
 
@@ -49,27 +52,27 @@ def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
         What passes.
     """
     url = make_url(database_url)
-    directory = url.query.get("host")
-    port = url.query.get("port", "5432")
+    directory, port = url.query.get("host"), url.query.get("port", "5432")
 
-    class Connection(socketserver.BaseRequestHandler):
-        request: socket.socket
+    class Connection(socketserver.StreamRequestHandler):
+        disable_nagle_algorithm = True
 
         def handle(self) -> None:
-            if isinstance(directory, str):
-                postgres = socket.socket(socket.AF_UNIX)
-                postgres.connect(f"{directory}/.s.PGSQL.{port}")
-            else:
-                postgres = socket.create_connection((url.host or HOST, url.port or 5432))
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            answers = threading.Thread(target=_copy, args=(postgres, self.request), daemon=True)
+            postgres = socket.socket(socket.AF_UNIX if directory else socket.AF_INET)
+            postgres.connect(f"{directory}/.s.PGSQL.{port}" if directory else (url.host or HOST, url.port or 5432))
+            answers = threading.Thread(target=_copy, args=(postgres, self.connection), daemon=True)
             answers.start()
-            with contextlib.suppress(OSError):  # one of the two has closed the connection
-                unread, typed = b"", False
-                while data := self.request.recv(65_536):
-                    unread, typed = _count(unread + data, wire.messages, typed=typed)
-                    time.sleep(delay)
-                    postgres.sendall(data)
+            with contextlib.suppress(OSError, ValueError):  # one of the two has closed the connection
+                unsent, typed = b"", 0
+                while head := self.rfile.read(typed + 4):
+                    unsent += head + self.rfile.read(int.from_bytes(head[typed:], "big") - 4)
+                    kind, typed = head[:typed], 1
+                    wire.messages[kind] += 1
+                    if kind in _ROUND_TRIPS:
+                        time.sleep(delay)
+                    if kind not in _UNANSWERED:
+                        postgres.sendall(unsent)
+                        unsent = b""
             with contextlib.suppress(OSError):
                 postgres.shutdown(socket.SHUT_RDWR)
             answers.join()
@@ -84,24 +87,6 @@ def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
             yield wire
         finally:
             server.shutdown()
-
-
-def _count(unread: bytes, messages: Counter[bytes], *, typed: bool) -> tuple[bytes, bool]:
-    """Count the messages that are complete, and return the rest.
-
-    Args:
-        unread: What the client has sent since the last complete message.
-        messages: Where to count.
-        typed: Whether the next message begins with its type; the first message of a connection does not.
-    """
-    while len(unread) > 4:  # noqa: PLR2004 - the length's own bytes
-        length = int.from_bytes(unread[typed : typed + 4], "big") + typed
-        if len(unread) < length:
-            break
-        if typed:
-            messages[unread[:1]] += 1
-        unread, typed = unread[length:], True
-    return unread, typed
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
