@@ -9,7 +9,7 @@ from common.request_id_middleware import request_id_var
 
 
 class RequestLogRecord(logging.LogRecord):
-    """A log record with `request_id` and `trace_id`, each None outside a request or a trace."""
+    """A log record with `request_id` and `trace_id`; outside a request or a trace None."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -27,13 +27,10 @@ class RequestFormatter(DefaultFormatter):
 
 
 def configure_logging(*names: str) -> None:
-    """Give every log record its ids, and print records of level WARNING and above to standard error.
+    """Give every log record its ids, and print records of level WARNING and above, of `names` INFO too.
 
-    An application that has configured the root logger keeps its handlers, level and format, and can name the ids as
-    `%(request_id)s` and `%(trace_id)s`. A record factory of its own stays.
-
-    Args:
-        names: Loggers whose INFO is printed too. Other libraries' may hold content, e.g. the URLs of requests.
+    Other libraries' INFO may hold content. An application that has configured the root logger keeps its configuration,
+    and can name the ids as `%(request_id)s` and `%(trace_id)s`. A record factory of its own stays.
     """
     if logging.getLogRecordFactory() is logging.LogRecord:
         logging.setLogRecordFactory(RequestLogRecord)

@@ -6,7 +6,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import logfire
 from logfire.types import ExceptionCallbackHelper
@@ -22,24 +23,21 @@ from common.request_id_middleware import request_id_var
 
 logger = logging.getLogger(__name__)
 
+# Ids and names, never content. Logfire scrubs by words, and would replace an event type `session_start`.
 _OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "mem0.record_id"})
-"""Ids and names, never content. Logfire scrubs by words, and would replace an event type `session_start`."""
-
+# How spans are batched unless the operator says otherwise (docs/decisions/0004).
 _BATCHES: Final = {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "128", "OTEL_BSP_MAX_QUEUE_SIZE": "8192"}
-"""How spans are batched unless the operator says otherwise (docs/decisions/0004)."""
 
 
+@dataclass
 class RequestSpanProcessor(SpanProcessor):
     """Put the request id on every span of a request, and `layer=api` on its server span.
 
-    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send.
-
-    Args:
-        log_refusals: Whether to log requests answered 400 to 499: Logfire's console shows no status.
+    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. `log_refusals` has
+    requests answered 400 to 499 logged, because Logfire's console shows no status.
     """
 
-    def __init__(self, *, log_refusals: bool = False) -> None:
-        self.log_refusals = log_refusals
+    log_refusals: bool = False
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         present = span.attributes or {}
@@ -70,9 +68,7 @@ def configure_logfire(
     distributed_tracing: bool = False,
     span_processors: Sequence[SpanProcessor] = (),
 ) -> None:
-    """Start tracing for this process. Safe without a token, and while no backend can be reached.
-
-    Where spans have nowhere to go they are not recorded; trace and span ids are made all the same.
+    """Start tracing for this process. Where spans have nowhere to go, only trace and span ids are made.
 
     Args:
         service_name: The OpenTelemetry `service.name`, 1 character or more.
@@ -85,8 +81,7 @@ def configure_logfire(
         span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
 
     Raises:
-        RuntimeError: Another OpenTelemetry SDK runs in this process, e.g. started by `opentelemetry-instrument`.
-            Its spans would carry query strings and no request id.
+        RuntimeError: Another OpenTelemetry SDK runs in this process. Its spans have query strings and no request id.
     """
     # Logfire's own provider is none of the SDK's. The module is loaded where `opentelemetry-instrument` starts no SDK.
     is_foreign = isinstance(trace.get_tracer_provider(), TracerProvider)
@@ -94,9 +89,7 @@ def configure_logfire(
         raise RuntimeError("another OpenTelemetry SDK runs in this process: start without opentelemetry-instrument")
     recording = bool(token or otlp or console or span_processors)
     if not recording:
-        logger.warning(
-            "Neither LOGFIRE_TOKEN nor OTEL_EXPORTER_OTLP_ENDPOINT is set: tracing is off. Ids are still made."
-        )
+        logger.warning("No LOGFIRE_TOKEN, no OTEL_EXPORTER_OTLP_ENDPOINT: tracing is off. Ids are still made.")
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
@@ -118,7 +111,7 @@ def configure_logfire(
         inspect_arguments=False,
         add_baggage_to_attributes=False,
         distributed_tracing=distributed_tracing,
-        scrubbing=logfire.ScrubbingOptions(_keep_own_attributes),
+        scrubbing=logfire.ScrubbingOptions(lambda match: match.value if match.path[-1] in _OWN_ATTRIBUTES else None),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
         additional_span_processors=[RequestSpanProcessor(log_refusals=console), *span_processors],
     )
@@ -127,21 +120,13 @@ def configure_logfire(
 def shutdown_logfire(timeout: float) -> bool:
     """Deliver the spans that wait for their batch, and end tracing. Blocks; call it in a thread.
 
-    Args:
-        timeout: How long to wait, in seconds, 0 or more. The SDK's own limits do not hold for a receiver that hangs.
-
-    Returns:
-        Whether everything was handed over in time.
+    Returns whether all was handed over within `timeout` seconds. The SDK's own limits fail if the receiver hangs.
     """
     # Shutdown exports what is queued. After a flush alone, the SDK's exit handler would try the same receiver again.
     thread = threading.Thread(target=logfire.shutdown, kwargs={"flush": False}, daemon=True)
     thread.start()
     thread.join(timeout)
     return not thread.is_alive()
-
-
-def _keep_own_attributes(match: logfire.ScrubMatch) -> Any:
-    return match.value if match.path[-1] in _OWN_ATTRIBUTES else None
 
 
 def _drop_exception_text(helper: ExceptionCallbackHelper) -> None:

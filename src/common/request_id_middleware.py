@@ -9,8 +9,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid4
 
 HEADER: Final = b"x-request-id"
-"""The header to read the id from and to answer it in."""
-
 request_id_var: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 """The id of the request being served in this context; None outside any request."""
 
@@ -32,9 +30,6 @@ class RequestIDMiddleware:
     The id is in `request.state.request_id` and in `request_id_var`. An inbound id of 1 to 128 characters of
     `[A-Za-z0-9._-]` is kept. Any other is replaced, never refused: a mistake in a tracing header is no reason to lose
     the request.
-
-    Args:
-        app: The ASGI application to wrap.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -45,7 +40,11 @@ class RequestIDMiddleware:
             await self.app(scope, receive, send)
             return
 
-        request_id = _inbound_id(scope) or generate_request_id()
+        # Of two headers with this name neither is known to be the caller's, so both are ignored. `fullmatch`, because
+        # `match` with `$` would let a trailing newline through, and with it a forged log line.
+        inbound = [value for name, value in scope["headers"] if name == HEADER]
+        is_valid = len(inbound) == 1 and _INBOUND_ID.fullmatch(inbound[0])
+        request_id = inbound[0].decode() if is_valid else generate_request_id()
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
 
         async def send_with_id(message: Message) -> None:
@@ -67,10 +66,3 @@ class RequestIDMiddleware:
         finally:
             request_id_var.reset(id_token)
             detach(trace_token)
-
-
-def _inbound_id(scope: Scope) -> str | None:
-    # Of two headers with this name neither is known to be the caller's, so both are ignored.
-    values = [value for name, value in scope["headers"] if name == HEADER]
-    # fullmatch: `match` with `$` would let a trailing newline through, and with it a forged log line.
-    return values[0].decode() if len(values) == 1 and _INBOUND_ID.fullmatch(values[0]) else None

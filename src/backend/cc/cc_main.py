@@ -19,8 +19,7 @@ from common.log_lines import configure_logging
 from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import RequestIDMiddleware
 
-SHUTDOWN_SECONDS: Final = 3.0
-"""How long shutdown waits for spans to be delivered, in seconds."""
+SHUTDOWN_SECONDS: Final = 3.0  # how long shutdown waits for spans to be delivered
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +27,7 @@ logger = logging.getLogger(__name__)
 class Service(FastAPI):
     """A FastAPI application inside `RequestIDMiddleware`, tracing and error handling included (docs/decisions/0003).
 
-    Args:
-        database: Where `DBSession` and `LogL1` write, in mounted applications too.
-        options: FastAPI's own.
+    `DBSession` and `LogL1` write to its `database`, in mounted applications too.
     """
 
     def __init__(self, database: Database, **options: Any) -> None:
@@ -54,6 +51,7 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         max_body_size=settings.cc_max_body_bytes,
         # One span for each request. Operation spans would be three more, metrics and logs are not asked for.
         telemetry={"tracing": True, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False},
+        description="Every answer has the header `X-Request-ID`.",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )

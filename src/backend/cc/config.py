@@ -8,23 +8,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+# asyncpg sends any other parameter to the server as a setting, and each connection is refused, or its encoding changed.
 _URL_PARAMETER: Final = re.compile(
     "application_name|database|dbname|host|krbsrvname|gsslib|options|passfile|password|port|target_session_attrs|user"
     "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"
 )
-"""A database URL's parameters. asyncpg sends any other to the server as a setting, and each connection is refused."""
-
 _URL_HINT: Final = "is no database URL. In a password @ : / are written %40 %3A %2F; hosts ?host=one,two&port=5432,5432"
-_PORTS: Final = range(1, 65_536)
 
 
 class Settings(BaseSettings):
     """The service's configuration, from environment variables of the same names. README.md explains each."""
 
     # Errors name the variable, and do not show its value: it may be a password.
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True, frozen=True
-    )
+    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True)
 
     database_url: SecretStr  # postgres://, postgresql:// or postgresql+asyncpg://
     logfire_token: SecretStr | None = None  # Logfire's write token; without it nothing is sent there
@@ -50,13 +46,10 @@ class Settings(BaseSettings):
             raise ValueError(_URL_HINT) from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
-        if unknown := ", ".join(sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name))):
-            raise ValueError(f"has unknown parameters: {unknown}. A server's setting is written options=-c name=value")
-        ports = ",".join(
-            [str(_PORTS[-1] if url.port is None else url.port), *url.normalized_query.get("port", ())]
-        ).split(",")
-        if not all(port.isdecimal() and int(port) in _PORTS for port in ports):
-            raise ValueError("must name ports from 1 to 65535")
+        if unknown := sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name)):
+            raise ValueError(
+                f"has unknown parameters: {', '.join(unknown)}. A server's setting is options=-c name=value"
+            )
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
     @field_validator("otel_sdk_disabled")

@@ -5,7 +5,7 @@ import contextlib
 import ssl
 from collections.abc import Generator
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import asyncpg
 from sqlalchemy import ExceptionContext, PoolProxiedConnection, event
@@ -15,30 +15,25 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from backend.cc.config import Settings
 from backend.cc.errors import DATABASE_ERRORS, STALE_CONNECTION, DatabaseError, database_error
 
-CLOSE_SECONDS: Final = 3.0
-"""How long `Database.aclose` waits for connections to close, in seconds."""
+CLOSE_SECONDS: Final = 3.0  # how long `Database.aclose` waits for connections to close
 
 
-class Database:
+class Database(contextlib.AbstractAsyncContextManager["Database"]):
     """The connections: how many, how long anything may take, and their end.
 
     Connects to nothing until it is used. It belongs to the event loop that uses it first; `log_l1` refuses another one.
 
-    Args:
-        settings: Where the database is, the number of connections, and the time limit.
-
     Attributes:
         seconds: The time limit of a record and of a commit, waiting for a connection included.
+        session: `session()` makes a session. It opens a connection when it is first used for a query.
         idle: A session that is never used for a query, so that concurrent callers may share it to log.
-        loop: The event loop that it belongs to, once a record was written.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.seconds = settings.cc_db_timeout_seconds
         self._engine = create_async_engine(
             "postgresql+asyncpg://",
-            # The time limit holds for an endpoint's own queries too, and for the rollback after them: a frozen server
-            # freezes both.
+            # The time limit holds for an endpoint's own queries too, and for the rollback after them.
             async_creator=partial(Connecting, settings, command_timeout=self.seconds),
             hide_parameters=True,
             pool_size=settings.cc_db_pool_size,
@@ -53,32 +48,20 @@ class Database:
         # SQLAlchemy's pool is unfair: a returned connection goes to the next caller that asks, not to the one that
         # has waited longest. The semaphore makes callers take turns.
         self._turns = asyncio.Semaphore(settings.cc_db_pool_size)
-        self.loop: asyncio.AbstractEventLoop | None = None
-        # A closed session takes no more queries. After the end of a request, in a background task or while the response
-        # is streamed, a query would begin a transaction that nothing commits, and records would join it.
-        self._sessions = async_sessionmaker(
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # `close_resets_only=False`: a closed session takes no more queries. A query after the end of a request, in a
+        # background task, would begin a transaction that nothing commits, and records would join it.
+        self.session = async_sessionmaker(
             self._engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
         )
-        self.idle = self._sessions()
+        self.idle = self.session()
 
     @staticmethod
-    def of(session: AsyncSession) -> "Database | None":
-        """Return the database that made `session`; None for a session of any other engine or connection.
-
-        Raises:
-            DatabaseError: It is used from a second event loop.
-        """
-        database: Database | None = session.info.get("database")
-        if database:
-            loop = asyncio.get_running_loop()
-            if (database.loop or loop) is not loop:
-                raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
-            database.loop = loop
+    def of(session: AsyncSession) -> "Database":
+        """Return the database that made `session`. Raises ValueError if none did."""
+        if not isinstance(database := session.info.get("database"), Database):
+            raise ValueError("the session must be one of Database.session()")
         return database
-
-    def session(self) -> AsyncSession:
-        """Return a new session. It opens a connection when it is first used for a query."""
-        return self._sessions()
 
     async def insert(self, statement: str, values: tuple[Any, ...]) -> bool:
         """Insert a row and commit it, on a connection of its own, in one round trip: no BEGIN, no COMMIT.
@@ -92,6 +75,10 @@ class Database:
         Returns:
             Whether the row is there; False where the statement inserted none. Raises one of `DATABASE_ERRORS`.
         """
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if loop is not self._loop:
+            raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
         async with self._turns:
             for attempt in (1, 2):
                 connection = await self._checkout()
@@ -118,7 +105,7 @@ class Database:
         raise AssertionError  # pragma: no cover - the second attempt returns or raises
 
     async def commit(self, session: AsyncSession) -> None:
-        """Commit the transaction of `session` within the time limit. Raises DatabaseError, or its subclass."""
+        """Commit the transaction of `session` within the time limit. Raises DatabaseError."""
         try:
             async with asyncio.timeout(self.seconds):
                 await session.commit()
@@ -131,70 +118,51 @@ class Database:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._engine.dispose()
 
-    async def __aenter__(self) -> Self:
-        return self
-
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def _checkout(self) -> PoolProxiedConnection:
         try:
-            # An idle connection needs no I/O, so it can be checked out without a greenlet switch, the largest part of
-            # a checkout's cost.
+            # An idle connection needs no I/O, and no greenlet switch, the largest part of a checkout's cost.
             return self._engine.sync_engine.raw_connection()
         except MissingGreenlet:  # no connection is idle
             return await self._engine.raw_connection()
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
-    """asyncpg's connection, on which a COMMIT that did not commit is an error.
-
-    PostgreSQL answers ROLLBACK where a statement of the transaction has failed, and asyncpg does not look.
-    """
-
     async def execute(self, query: str, *args: Any, **options: Any) -> str:
         tag: str = await super().execute(query, *args, **options)
         if tag == "ROLLBACK" and query.startswith("COMMIT"):
+            # A statement of the transaction has failed before. asyncpg does not look at this answer.
             raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
         return tag
 
 
 class Connecting:
-    """An awaitable connection. Unlike a coroutine it may be dropped unawaited, as `Database._checkout` does.
-
-    Args:
-        settings: Where the database is, and how long to try.
-        command_timeout: The longest time that a statement may take, in seconds; None for no limit.
-    """
+    """An awaitable connection. Unlike a coroutine it may be dropped unawaited, as `Database._checkout` does."""
 
     def __init__(self, settings: Settings, command_timeout: float | None = None) -> None:
-        self.arguments = settings, command_timeout
+        self._url = settings.database_url.get_secret_value()
+        self._timeouts = {"timeout": settings.cc_db_timeout_seconds, "command_timeout": command_timeout}
 
     def __await__(self) -> Generator[Any, None, asyncpg.Connection]:
-        return _connect(*self.arguments).__await__()
+        return self._connect().__await__()
 
-
-async def _connect(settings: Settings, command_timeout: float | None) -> asyncpg.Connection:
-    try:
-        return await asyncpg.connect(
-            settings.database_url.get_secret_value(),
-            timeout=settings.cc_db_timeout_seconds,
-            command_timeout=command_timeout,
-            connection_class=_Connection,
-        )
-    except (OSError, ValueError, LookupError, AttributeError, BufferError) as error:
-        # Refused, timed out, no host of this name, a peer that speaks another protocol. SQLAlchemy wraps only the
-        # database's own errors, so it is made one of these. Its text would name the address.
-        no_tls = isinstance(error, ssl.SSLError) or type(error) is ConnectionError
-        refusal = asyncpg.ConnectionRejectionError if no_tls else asyncpg.ClientCannotConnectError
-        raise refusal(type(error).__name__) from None
+    async def _connect(self) -> asyncpg.Connection:
+        try:
+            return await asyncpg.connect(self._url, connection_class=_Connection, **self._timeouts)
+        except (OSError, ValueError, LookupError, AttributeError, BufferError, OverflowError) as error:
+            # Refused, timed out, no host of this name, a peer that speaks another protocol. SQLAlchemy wraps only the
+            # database's own errors, so it is made one of these. Its text would name the address.
+            no_tls = isinstance(error, ssl.SSLError) or type(error) is ConnectionError
+            refusal = asyncpg.ConnectionRejectionError if no_tls else asyncpg.ClientCannotConnectError
+            raise refusal(type(error).__name__) from None
 
 
 def _check(dbapi_connection: Any, *_: object) -> None:
     driver = dbapi_connection.driver_connection
     if driver.is_closed():
-        # A server that restarts closes every connection, and asyncpg has noticed it, at no round trip. The pool then
-        # replaces this connection and, when their turn comes, all that are as old.
+        # A server that restarts closes every connection. The pool replaces all that are as old as this one.
         raise InvalidatePoolError
     if driver.is_in_transaction():
         # Code that used the driver directly left a transaction open here, and SQLAlchemy does not know of it.

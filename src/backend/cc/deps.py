@@ -21,11 +21,8 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
 
     A request that never uses the session opens no connection. A transaction that a query began is committed, and the
     records that joined it with it; after an error it is rolled back. After the end of the request, in a background
-    task or while the response is streamed, `log_l1` still commits, and a query is an InvalidRequestError.
-
-    Raises:
-        DatabaseError: A query or the commit failed, and no response has been sent. DatabaseUnavailableError if a retry
-            may help.
+    task or while the response is streamed, `log_l1` still commits, and a query is an InvalidRequestError. Where a query
+    or the commit failed, a DatabaseError is raised, and no response has been sent.
     """
     database = connection.state.database
     session: AsyncSession = database.session()
@@ -39,33 +36,29 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
         raise database_error(error) from None
     finally:
         if session.in_transaction():
-            # The rollback is shielded: a second cancellation would break it off, and cost the connection.
-            # A dead connection has nothing to roll back, and the response stays what it is.
+            # Shielded, because a second cancellation would break the rollback off, and cost the connection. A dead
+            # connection has nothing to roll back, and the response stays what it is.
             with contextlib.suppress(DatabaseError, SQLAlchemyError):
                 await asyncio.shield(session.close())
         else:
             session.sync_session.close()  # without a transaction nothing has to be awaited
 
 
-# scope="function": a dependency's default scope ends after the response was sent. A commit that fails then has
-# already been answered 200.
+# scope="function": by default a dependency ends after the response, and a commit that fails has been answered 200.
 DBSession = Annotated[AsyncSession, Depends(get_db_session, scope="function")]
 """An endpoint's parameter that is the request's session."""
 
 
 class BoundLogL1(Protocol):
-    """`log_l1` with its session given."""
+    """`log_l1` with its session given; see `backend.cc.services.logging`."""
 
-    async def __call__(self, record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
-        """See `backend.cc.services.logging.log_l1`."""
+    async def __call__(
+        self, record: Record, *, request_id: str | None = None, record_id: UUID | None = None
+    ) -> UUID: ...
 
 
 async def get_log_l1(connection: HTTPConnection) -> BoundLogL1:
-    """Return `log_l1`, bound to the request's session if the endpoint asks for one.
-
-    An endpoint that only logs gets the database's idle session: a session of its own would cost more than the rest of
-    the dependencies together.
-    """
+    """Return `log_l1`, bound to the request's session, or to a cheaper, shared one if the endpoint only logs."""
 
     async def bound(record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
         # Looked up at the call, because FastAPI may solve this dependency before the session.

@@ -7,25 +7,22 @@ import asyncpg
 from sqlalchemy import exc
 from sqlalchemy.exc import SQLAlchemyError
 
+# What a database call raises, through SQLAlchemy or directly from asyncpg and the network.
 _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DATABASE_ERRORS: Final = (SQLAlchemyError, exc.EmulatedDBAPIException, *_DRIVER_ERRORS, OSError)
-"""What a database call raises, through SQLAlchemy or directly from asyncpg and the network."""
 
+# SQLSTATEs after which a connection must be replaced, because the driver is wrong about it: a transaction has ended, a
+# prepared statement is gone, or a pooler's other client has prepared it.
 STALE_CONNECTION: Final = frozenset({"25P01", "26000", "42P05"})
-"""SQLSTATEs after which a connection must be replaced, because the driver is wrong about it: a transaction has ended, a
-prepared statement is gone, or a pooler's other client has prepared it."""
 
-_CONNECTION_ERRORS: Final = (exc.DBAPIError, exc.DisconnectionError, exc.TimeoutError)
-"""SQLAlchemy's errors about the database or the connection to it; its others are about the caller's use of it."""
+# Classes of SQLSTATE, and SQLSTATEs (PostgreSQL manual, appendix A), that describe the server's condition and not the
+# statement: no connection, login refused, no such database, rolled back because of another transaction, out of disk or
+# connections, shutting down, internal error; read-only, idle or busy for too long, in use, locked, failing hardware.
+_UNAVAILABLE: Final = STALE_CONNECTION.union(
+    ["08", "28", "3D", "40", "53", "57", "XX"], ["25006", "25P03", "25P04", "55006", "55P03", "58000", "58030"]
+)
 
-_UNAVAILABLE: Final = STALE_CONNECTION | {
-    *("08", "28", "3D", "40", "53", "57", "XX"),
-    *("25006", "25P03", "25P04", "55006", "55P03", "58000", "58030"),
-}
-"""Classes of SQLSTATE, and SQLSTATEs (PostgreSQL manual, appendix A), that describe the server's condition and not the
-statement: no connection, login refused, no such database, rolled back because of another transaction, out of disk or
-connections, shutting down, internal error; read-only, idle or busy for too long, in use, locked, failing hardware."""
-
+# Causes that an operator or the caller can mend.
 _HINTS: Final = {
     "08001": ": nothing answers where DATABASE_URL points, or a parameter in it is wrong",
     "08004": ": the server refuses such a connection; does it offer the TLS that sslmode asks for?",
@@ -38,7 +35,6 @@ _HINTS: Final = {
     "55P03": ": another transaction holds a lock",
     **dict.fromkeys(["3F000", "42P01", "42703"], ": has `alembic upgrade head` been run?"),
 }
-"""Causes of an SQLSTATE that an operator or the caller can mend."""
 
 
 class DatabaseError(Exception):
@@ -58,30 +54,26 @@ class DatabaseError(Exception):
 
 
 class DatabaseUnavailableError(DatabaseError):
-    """The database can't be used now, and the statement is not to blame. A retry may help.
+    """The database can't be used now, and the statement is not to blame: a retry may help.
 
-    The record may have been stored all the same, if the connection broke after the commit. Calling `log_l1` again
-    with `record_id` makes sure that it is stored exactly once.
+    The record may have been stored all the same. `log_l1` with this `record_id` then stores it exactly once.
     """
 
 
 def database_error(error: Exception) -> DatabaseError:
-    """Return what a database call's error means, without its text, which repeats the row.
+    """Return what one of `DATABASE_ERRORS` means: DatabaseUnavailableError where a retry may help, else DatabaseError.
 
-    Args:
-        error: What SQLAlchemy, asyncpg or the network raised at a database call.
-
-    Returns:
-        DatabaseUnavailableError where a retry may help, else DatabaseError.
+    The original's text is left out, because it repeats the row.
     """
     if isinstance(error, DatabaseError):
         return error
     cause = getattr(error, "orig", None) or error
     if (state := getattr(cause, "sqlstate", None)) is None:
         name = type(cause).__name__
+        is_the_databases = isinstance(error, exc.DBAPIError | exc.DisconnectionError | exc.TimeoutError)
         # A transaction that goes on after its connection has died (https://sqlalche.me/e/8s2b).
         died = isinstance(error, exc.PendingRollbackError) and error.code == "8s2b"
-        if isinstance(error, SQLAlchemyError) and not isinstance(error, _CONNECTION_ERRORS) and not died:
+        if isinstance(error, SQLAlchemyError) and not is_the_databases and not died:
             # SQLAlchemy refused before it asked the database: a closed session, a missing parameter.
             return DatabaseError(f"the session can't do this ({name})", name)
         return DatabaseUnavailableError(f"the database is unavailable ({name})", name)
@@ -89,12 +81,3 @@ def database_error(error: Exception) -> DatabaseError:
     if {state, state[:2]} & _UNAVAILABLE:
         return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {state}){hint}", state)
     return DatabaseError(f"PostgreSQL refused the statement (SQLSTATE {state}){hint}", state)
-
-
-def group_error(group: ExceptionGroup[Exception]) -> Exception:
-    """Return the most serious error of a `TaskGroup`, if all are the database's; else the group itself."""
-    errors = [group_error(error) if isinstance(error, ExceptionGroup) else error for error in group.exceptions]
-    if not all(isinstance(error, DatabaseError | SQLAlchemyError) for error in errors):
-        return group
-    # A refusal is more serious than an outage, because a retry does not help.
-    return min(map(database_error, errors), key=lambda error: isinstance(error, DatabaseUnavailableError))

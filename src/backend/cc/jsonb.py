@@ -10,14 +10,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-DEPTH_MAX: Final = 128
-"""Levels of nesting that a payload keeps: fewer than Python and PostgreSQL allow in any configuration."""
+DEPTH_MAX: Final = 128  # levels of nesting: fewer than Python and PostgreSQL allow in any configuration
 
-DIGITS_MAX: Final = 4_300
-"""Decimal digits that an integer keeps: CPython's default limit, which an operator can lift beyond PostgreSQL's."""
-
-_INTEGER_END: Final = 10**DIGITS_MAX
-_LONG_NUMBER: Final = re.compile(rf"(?<!\d)\d{{{DIGITS_MAX + 1}}}")
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 # `sort_keys` raises where the keys are of several types. 1 and "1" are such keys, and are one name in JSON.
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
@@ -35,7 +29,7 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
 
     - NUL and lone surrogates become U+FFFD, in keys too.
     - Keys that become equal, as 1 and "1" do, get a number.
-    - NaN and infinities become null. An integer of more than 4,300 digits becomes hexadecimal text.
+    - NaN and infinities become null. An integer that Python can't print (4,300 digits) becomes hexadecimal text.
     - A value that JSON can't express (UUID, datetime, Decimal, ...) becomes its usual text.
     - Bytes that are not UTF-8 become base64 (RFC 4648, section 5).
     - A container below 128 levels of nesting becomes "[nested too deeply]".
@@ -45,26 +39,25 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     with contextlib.suppress(Exception):  # a value's own code may raise anything
         text = _dumps(payload)
         text.encode()  # raises for a lone surrogate
-        # Most payloads need only these looks. Text can't be nested deeper than the number of its brackets.
-        if (
-            "\\u0000" not in text
-            and text.count("[") + text.count("{") <= DEPTH_MAX
-            and (len(text) <= DIGITS_MAX or not _LONG_NUMBER.search(text))
-        ):
+        # Most payloads need only this look. Text can't be nested deeper than the number of its brackets.
+        if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text
     return _dumps(_clean(payload))
 
 
-def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: PLR0911 - one for each kind of value
+def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: C901, PLR0911 - a branch for each kind of value
     """Return `value` made of what `jsonb` can store; `outer` are the containers that it is in."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return clean_text(str.__str__(value))
-    if isinstance(value, int):
-        return _clean_integer(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        try:
+            return int(int.__str__(value))
+        except ValueError:  # it has more digits than Python prints
+            return hex(value)
     if len(outer) == DEPTH_MAX:
         return "[nested too deeply]"
     if any(value is container for container in outer):
@@ -89,13 +82,6 @@ def _clean_mapping(value: Mapping[Any, Any], inner: tuple[Any, ...]) -> dict[str
             name = f"{name}\ufffd{len(cleaned)}"
         cleaned[name] = _clean(item, inner)
     return cleaned
-
-
-def _clean_integer(value: int) -> int | str:
-    with contextlib.suppress(ValueError):  # `str` raises where an operator has set a limit below ours
-        if -_INTEGER_END < value < _INTEGER_END and str(value):
-            return int(value)
-    return hex(value)
 
 
 def _usual_form(value: Any) -> Any:

@@ -9,10 +9,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA: Final = "mem0_cc"
-"""The PostgreSQL schema of all that is cc's."""
-
-NAME_LENGTH: Final = 255
-"""Characters a name may have: a role, an event type, a request id."""
+NAME_LENGTH: Final = 255  # characters of a role, an event type, a request id
 
 
 class Base(DeclarativeBase):
@@ -30,10 +27,7 @@ class Base(DeclarativeBase):
 
 
 class BaseLog(Base):
-    """What every record has: when, where, in which request, in which trace.
-
-    The key of all three tables is the record's id, so that they can be distributed or partitioned by it.
-    """
+    """What every record has. Its id is the key of all three tables, so that they can be distributed by it."""
 
     __tablename__ = "base_log"
     __table_args__ = (Index(None, "request_id"), Index(None, "trace_id"), Index(None, "timestamp"))

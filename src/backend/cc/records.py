@@ -1,4 +1,4 @@
-"""The records that `log_l1` takes, and the rules that each must keep."""
+"""The records that `log_l1` takes. A field that breaks its rule is a ValueError, which names the field and the rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from typing import Any, Final
 
 from backend.cc.mem0_models import NAME_LENGTH
 
-TOKENS_MAX: Final = 2**31 - 1
-"""The largest token count: PostgreSQL's `integer`."""
+TOKENS_MAX: Final = 2**31 - 1  # PostgreSQL's `integer`
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +18,6 @@ class PromptRecord:
         content: The text, of any length that PostgreSQL takes (1 GB); may be empty.
         tokens_in: Tokens that the model read, 0 to 2,147,483,647.
         tokens_out: Tokens that the model wrote, 0 to 2,147,483,647.
-
-    Raises:
-        ValueError: A field breaks its rule. The message names both.
     """
 
     role: str
@@ -31,10 +27,11 @@ class PromptRecord:
 
     def __post_init__(self) -> None:
         check_name("role", self.role)
-        _require(isinstance(self.content, str), "content must be a string")
+        if not isinstance(self.content, str):
+            raise ValueError("content must be a string")
         for field, value in (("tokens_in", self.tokens_in), ("tokens_out", self.tokens_out)):
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            _require(is_integer and 0 <= value <= TOKENS_MAX, f"{field} must be an integer of 0 to {TOKENS_MAX}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TOKENS_MAX:
+                raise ValueError(f"{field} must be an integer of 0 to {TOKENS_MAX}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +41,6 @@ class EventRecord:
     Args:
         event_type: The kind of event, e.g. "tool.called": 1 to 255 characters. Spans carry it: no content in here.
         payload: The event's data, stored as JSON; see `jsonb.to_jsonb` for values that JSON can't express.
-
-    Raises:
-        ValueError: A field breaks its rule. The message names both.
     """
 
     event_type: str
@@ -54,18 +48,14 @@ class EventRecord:
 
     def __post_init__(self) -> None:
         check_name("event_type", self.event_type)
-        _require(isinstance(self.payload, Mapping), "payload must be a mapping")
+        if not isinstance(self.payload, Mapping):
+            raise ValueError("payload must be a mapping")
 
 
 Record = PromptRecord | EventRecord
 
 
 def check_name(field: str, value: str) -> None:
-    """Raise a ValueError that names `field` unless `value` is a string of 1 to 255 characters."""
-    is_name = isinstance(value, str) and 0 < len(value) <= NAME_LENGTH
-    _require(is_name, f"{field} must be a string of 1 to {NAME_LENGTH} characters")
-
-
-def _require(fulfilled: bool, rule: str) -> None:  # noqa: FBT001
-    if not fulfilled:
-        raise ValueError(rule)  # without the value, which may be a prompt
+    """Raise a ValueError that names `field`, not its value, unless it is a string of 1 to 255 characters."""
+    if not isinstance(value, str) or not 0 < len(value) <= NAME_LENGTH:
+        raise ValueError(f"{field} must be a string of 1 to {NAME_LENGTH} characters")

@@ -20,24 +20,15 @@ def _storable(value: Any) -> Any:
     return clean_text(value) if isinstance(value, str) else value
 
 
-def _integer(value: Any) -> Any:
-    # JSON has one kind of number: to JSON Schema, and in many callers' languages, 12.0 is an integer.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH), BeforeValidator(_storable)]
-Tokens = Annotated[int, Field(strict=True, ge=0, le=TOKENS_MAX), BeforeValidator(_integer)]
+Tokens = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 
 
 class TestLogRequest(BaseModel):
     """Any JSON object. Every key is optional; keys not named here become keys of the event's payload."""
 
-    __test__ = False  # pytest would take it for a test
-
     role: Annotated[Name, Field(description="The speaker.", examples=["assistant"])] = "user"
-    content: Annotated[
-        str, Field(description="The text of the prompt.", examples=["Paris is the capital of France."])
-    ] = ""
+    content: Annotated[str, Field(description="The prompt's text.", examples=["Paris is in France."])] = ""
     tokens_in: Annotated[Tokens, Field(description="Tokens that the model read.", examples=[12])] = 0
     tokens_out: Annotated[Tokens, Field(description="Tokens that the model wrote.", examples=[7])] = 0
     event_type: Annotated[Name, Field(description="The kind of event.", examples=["model.answered"])] = "test_log"
@@ -58,32 +49,19 @@ class TestLogRequest(BaseModel):
 class TestLogResponse(BaseModel):
     """Where to find what was written: two committed records, one request, one trace."""
 
-    __test__ = False
-
     request_id: str
     trace_id: str
     prompt_trace_id: UUID
     event_log_id: UUID
 
 
-_ID: Final = {"X-Request-ID": {"schema": {"type": "string"}, "description": "The request's id."}}
-_RETRY_AFTER: Final = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds until a retry may help."}}
+_TEXT: Final = {"text/plain": {"schema": {"type": "string"}}}  # where `Content-Length` announced the size; else JSON
 _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"headers": _ID, "description": "Both records are committed."},
-    400: {"headers": _ID, "description": "The body can't be read as JSON; nothing was written.", "model": Refusal},
-    413: {
-        "headers": _ID,
-        "description": "The body is larger than `CC_MAX_BODY_BYTES`; nothing was written. The answer is plain text "
-        "where `Content-Length` announced the size, else JSON.",
-        "model": Refusal,
-        "content": {"text/plain": {"schema": {"type": "string"}}},
-    },
-    500: {"headers": _ID, "description": "A defect, or a missing migration.", "model": Failure},
-    503: {
-        "headers": _ID | _RETRY_AFTER,
-        "description": "The database can't be written to now. The answer names the records that are committed.",
-        "model": Unavailable,
-    },
+    200: {"description": "Both records are committed."},
+    400: {"model": Refusal, "description": "The body can't be read as JSON; nothing was written."},
+    413: {"model": Refusal, "description": "Above `CC_MAX_BODY_BYTES`; nothing was written.", "content": _TEXT},
+    500: {"model": Failure, "description": "A defect, or a missing migration."},
+    503: {"model": Unavailable, "description": "The database can't be written to now; see the header `Retry-After`."},
 }
 
 router = APIRouter(tags=["debug"])
@@ -93,8 +71,7 @@ router = APIRouter(tags=["debug"])
 async def test_log(body: TestLogRequest, request: Request, log_l1: LogL1) -> TestLogResponse:
     """Write a prompt and an event to L1 memory, each with its base row, and return their ids.
 
-    Both are committed when the answer arrives. This is for trying out: turn it off (`CC_DEBUG_ROUTES=false`)
-    where others can reach the service.
+    Both are committed when the answer arrives. Where others can reach the service, set `CC_DEBUG_ROUTES=false`.
     """
     prompt_id = await log_l1(PromptRecord(body.role, body.content, body.tokens_in, body.tokens_out))
     try:
@@ -106,6 +83,3 @@ async def test_log(body: TestLogRequest, request: Request, log_l1: LogL1) -> Tes
     return TestLogResponse(
         request_id=request.state.request_id, trace_id=trace_id, prompt_trace_id=prompt_id, event_log_id=event_id
     )
-
-
-test_log.__test__ = False  # type: ignore[attr-defined]

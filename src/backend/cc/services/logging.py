@@ -18,11 +18,7 @@ from common.request_id_middleware import generate_request_id, request_id_var
 
 __all__ = ["DatabaseError", "DatabaseUnavailableError", "EventRecord", "PromptRecord", "log_l1"]
 
-SOURCE_MODULE: Final = "cc"
-"""The `source_module` of every record."""
-
-TIMEOUT_SECONDS: Final = 5.0
-"""The time limit of `log_l1`, in seconds, for a session that no `Database` made."""
+SOURCE_MODULE: Final = "cc"  # the `source_module` of every record
 
 tracer = trace.get_tracer("cos-cc")
 
@@ -36,11 +32,9 @@ async def log_l1(
     instead, and commits or rolls back with it. The call is one span, on which the row never depends.
 
     Args:
-        session: A session of `Database.session`, or of another `AsyncEngine` on asyncpg. Concurrent tasks must not
-            share one that is in a transaction.
+        session: One of `Database.session`. Concurrent tasks must not share one that is in a transaction.
         record: What happened.
-        request_id: The request that the record belongs to, 1 to 255 characters. By default the current request's id,
-            outside any request a new one.
+        request_id: The record's request, 1 to 255 characters. By default the current one; outside any, a new id.
         record_id: The record's id; by default a new UUIDv7. To retry after a `DatabaseUnavailableError`, pass the
             error's `record_id`: the record is then stored exactly once, with the content of the first call.
 
@@ -50,18 +44,15 @@ async def log_l1(
     Raises:
         DatabaseUnavailableError: The database can't be written to now. The record may be stored all the same.
         DatabaseError: PostgreSQL refused, e.g. because no migration has been run.
-        ValueError: `request_id` or `record_id` is not valid.
+        ValueError: `request_id` or `record_id` is not valid, or no `Database` made the session.
     """
     if request_id is None:
         request_id = request_id_var.get() or generate_request_id()
-    else:
-        check_name("request_id", request_id)
-        request_id = clean_text(request_id)
-    is_new = record_id is None
-    if record_id is None:
-        record_id = uuid7()
-    elif not isinstance(record_id, UUID):
+    check_name("request_id", request_id)
+    request_id = clean_text(request_id)
+    if not isinstance(record_id, UUID | None):
         raise ValueError("record_id must be a UUID")
+    new_id = record_id or uuid7()
     fields: tuple[Any, ...]
     if isinstance(record, PromptRecord):
         statement, constants, event_type = INSERT_PROMPT, _PROMPT, "prompt_trace"
@@ -70,22 +61,16 @@ async def log_l1(
         statement, constants, event_type = INSERT_EVENT, _EVENT, clean_text(record.event_type)
         fields = (event_type, to_jsonb(record.payload))
 
-    attributes = constants | {
-        "request_id": request_id,
-        "mem0.event_type": event_type,
-        "mem0.record_id": str(record_id),
-        "logfire.msg": f"log_l1 {event_type}",
-    }
-    span = tracer.start_span("log_l1", kind=trace.SpanKind.CLIENT, attributes=attributes)
+    span = _start_span(constants, request_id, event_type, new_id)
     token = attach(trace.set_span_in_context(span))
     try:
         trace_id = trace.format_trace_id(span.get_span_context().trace_id)
-        values = (record_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
-        if not await _write(session, statement, values) and is_new:
+        values = (new_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
+        if not await _write(session, statement, values) and record_id is None:
             raise DatabaseError("a trigger or a rule has suppressed the record", "suppressed")
     except BaseException as error:
         if isinstance(error, DatabaseError):
-            error.record_id = record_id
+            error.record_id = new_id
         # The class or the SQLSTATE, and no text: an error's text is content.
         span.set_attribute("error.type", getattr(error, "code", "") or type(error).__name__)
         span.set_status(trace.StatusCode.ERROR)
@@ -93,30 +78,38 @@ async def log_l1(
     finally:
         detach(token)
         span.end()
-    return record_id
+    return new_id
+
+
+def _start_span(constants: dict[str, str], request_id: str, event_type: str, record_id: UUID) -> trace.Span:
+    parent = trace.get_current_span().get_span_context()
+    if parent.is_valid and not parent.trace_flags.sampled:
+        # The trace is not recorded. A child would not be either, and making it costs as much as a checkout.
+        return trace.NonRecordingSpan(parent)
+    attributes = constants | {
+        "request_id": request_id,
+        "mem0.event_type": event_type,
+        "mem0.record_id": str(record_id),
+        "logfire.msg": f"log_l1 {event_type}",
+    }
+    return tracer.start_span("log_l1", kind=trace.SpanKind.CLIENT, attributes=attributes)
 
 
 async def _write(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> bool:
     """Join the session's transaction, or commit alone. Return whether the row is there."""
     database = Database.of(session)
     try:
-        async with asyncio.timeout(database.seconds if database else TIMEOUT_SECONDS):
+        async with asyncio.timeout(database.seconds):
             if session.in_transaction():
                 return await _join(session, statement, values)
-            if database:
-                return await database.insert(statement, values)
-            async with session.begin():
-                return await _join(session, statement, values)
+            return await database.insert(statement, values)
     except DATABASE_ERRORS as error:
         raise database_error(error) from None  # the original's text repeats the row, and a traceback would print it
 
 
 async def _join(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> bool:
     transaction = session.sync_session.get_transaction()
-    connection = await session.connection()
-    if connection.dialect.driver != "asyncpg":
-        raise DatabaseError(f"log_l1 needs the driver asyncpg, not {connection.dialect.driver}", "driver")
-    result = await connection.exec_driver_sql(statement, values)
+    result = await (await session.connection()).exec_driver_sql(statement, values)
     if session.sync_session.get_transaction() is not transaction:
         # A concurrent task has ended the transaction. SQLAlchemy then began another one, which nothing commits.
         raise DatabaseError("the session's transaction has ended meanwhile: tasks must not share a session", "shared")
@@ -137,8 +130,7 @@ WITH base AS (
     INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 )
-INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload)
-VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
+INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload) VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
 
 # OpenTelemetry's stable attributes of a database call.
 _ATTRIBUTES: Final = {"layer": "service", "db.system.name": "postgresql", "db.operation.name": "INSERT"}

@@ -4,21 +4,19 @@ import gc
 import json
 import logging
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 from uuid import UUID
 
 import asyncpg
 import asyncpg.connection
 import pytest
-from sqlalchemy import AdaptedConnection, NullPool, event, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy import AdaptedConnection, event, make_url
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.errors import DatabaseError, DatabaseUnavailableError
-from backend.cc.mem0_models import Base, BaseLog
 from backend.cc.records import EventRecord, PromptRecord, Record
 from backend.cc.services.logging import log_l1
 
@@ -128,101 +126,18 @@ async def test_a_record_in_a_transaction_that_another_task_ends_is_committed_or_
     assert returned <= await events(db)
 
 
-# An engine that no `Database` made
-
-
-@pytest.fixture
-async def own_engine(database_url: str) -> AsyncIterator[Callable[..., AsyncEngine]]:
-    engines = []
-
-    def make(**options: Any) -> AsyncEngine:
-        url = make_url(database_url).set(drivername="postgresql+asyncpg")
-        engines.append(create_async_engine(url, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        await engine.dispose()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"poolclass": NullPool},
-        {"pool_size": 1, "max_overflow": 10},
-        {"isolation_level": "SERIALIZABLE"},
-        {"isolation_level": "AUTOCOMMIT"},
-        {"pool_pre_ping": True},
-    ],
-    ids=str,
-)
-async def test_a_record_is_stored_with_any_engine_on_asyncpg_and_nothing_is_logged(
-    own_engine: Callable[..., AsyncEngine],
-    db: asyncpg.Connection,
-    caplog: pytest.LogCaptureFixture,
-    options: dict[str, Any],
-) -> None:
-    engine = own_engine(**options)
-
-    async def log(begin: Begin) -> UUID:
-        async with AsyncSession(engine) as session, begin(session):
-            return await log_l1(session, EVENT)
-
-    ids = {await log(contextlib.nullcontext), await log(AsyncSession.begin)}
-    if options != {"isolation_level": "SERIALIZABLE"}:  # there, concurrent records may be an error
-        ids.update(await asyncio.gather(*[log(contextlib.nullcontext) for _ in range(10)]))
-    assert await events(db) == ids
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-async def test_an_own_engines_record_that_postgresql_refuses_is_an_error_without_its_content(
-    own_engine: Callable[..., AsyncEngine], db: asyncpg.Connection
-) -> None:
-    await db.execute("DROP SCHEMA mem0_cc CASCADE")
-    async with AsyncSession(own_engine()) as session:
-        with pytest.raises(DatabaseError, match="42P01") as raised:
-            await log_l1(session, EventRecord("e", {"a": "secret"}))
-    assert raised.value.__suppress_context__
-
-
-async def test_a_session_bound_to_one_connection_commits_its_record(
-    own_engine: Callable[..., AsyncEngine], db: asyncpg.Connection
-) -> None:
-    async with own_engine().connect() as connection, AsyncSession(connection) as session:
-        record_id = await log_l1(session, EVENT)
-        assert await events(db) == {record_id}
+# A session that no `Database` made
 
 
 @alone_and_joined
-async def test_a_session_with_binds_alone_is_refused_and_writes_nothing(
-    own_engine: Callable[..., AsyncEngine], db: asyncpg.Connection, begin: Begin
+async def test_another_engines_session_is_refused_and_nothing_is_written(
+    database_url: str, db: asyncpg.Connection, begin: Begin
 ) -> None:
-    with pytest.raises(DatabaseError, match="^the session can't do this .UnboundExecutionError.$"):
-        async with AsyncSession(binds={Base: own_engine(), BaseLog: own_engine()}) as session, begin(session):
-            await log_l1(session, EVENT)
-    assert await events(db) == set()
-
-
-async def test_a_session_with_binds_writes_where_its_general_bind_points(
-    own_engine: Callable[..., AsyncEngine], db: asyncpg.Connection
-) -> None:
-    elsewhere = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
-    async with AsyncSession(own_engine(), binds={BaseLog: elsewhere}) as session:
-        record_id = await log_l1(session, EVENT)
-    assert await events(db) == {record_id}
-
-
-@alone_and_joined
-async def test_another_driver_is_refused_by_name_and_nothing_is_written(
-    own_engine: Callable[..., AsyncEngine], db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, begin: Begin
-) -> None:
-    """No other driver is installed, so that this dialect only says that it is another."""
-    engine = own_engine()
-    monkeypatch.setattr(engine.dialect, "driver", "psycopg")
-    with pytest.raises(DatabaseError, match="^log_l1 needs the driver asyncpg, not psycopg$") as raised:
+    engine = create_async_engine(make_url(database_url).set(drivername="postgresql+asyncpg"))
+    with pytest.raises(ValueError, match=r"^the session must be one of Database.session\(\)$"):
         async with AsyncSession(engine) as session, begin(session):
             await log_l1(session, EVENT)
-    assert raised.value.record_id is not None
+    await engine.dispose()
     assert await events(db) == set()
 
 

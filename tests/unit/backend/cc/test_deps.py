@@ -1,6 +1,5 @@
 import asyncio
 import contextlib
-import traceback
 from collections.abc import AsyncIterator
 
 import anyio
@@ -19,7 +18,7 @@ from backend.cc.cc_main import Service, create_app
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.deps import DBSession, LogL1, get_db_session
-from backend.cc.errors import DatabaseError, DatabaseUnavailableError
+from backend.cc.errors import DatabaseUnavailableError
 from backend.cc.records import EventRecord, PromptRecord
 
 EVENT = EventRecord("tool.called", {})
@@ -150,28 +149,6 @@ async def killed_and_caught(session: DBSession, log_l1: LogL1) -> None:
     await kill(session)
     with contextlib.suppress(DatabaseUnavailableError):
         await log_l1(EVENT)
-
-
-@router.post("/in-tasks")
-async def in_tasks(log_l1: LogL1) -> None:
-    async def nested() -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(log_l1(EVENT))
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(nested())
-        tasks.create_task(log_l1(EVENT))
-
-
-@router.post("/failing-in-tasks")
-async def failing_in_tasks(session: DBSession) -> None:
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(session.execute(text("SELECT CAST(CAST(:x AS text) AS int)"), {"x": "secret"}))
-
-
-@router.post("/failing-otherwise-in-tasks")
-async def failing_otherwise_in_tasks(_: DBSession) -> None:
-    raise ExceptionGroup("", [ValueError(), DatabaseUnavailableError()])
 
 
 @router.post("/deallocating")
@@ -353,25 +330,6 @@ async def test_an_unreachable_database_is_a_503_to_a_websockets_handshake(app_wi
     answer = (await open_socket(app_without_database, "/early-socket"))[0]
     assert (answer["type"], answer["status"]) == ("websocket.http.response.start", 503)
     assert [name for name, _ in answer["headers"]].count(b"x-request-id") == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"), [("/in-tasks", 503), ("/failing-in-tasks", 503), ("/failing-otherwise-in-tasks", 500)]
-)
-async def test_an_unreachable_database_is_a_503_in_a_task_group_too(
-    app_without_database: FastAPI, path: str, expected: int
-) -> None:
-    transport = httpx.ASGITransport(app_without_database, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
-        assert (await client.post(path)).status_code == expected
-
-
-async def test_a_refusal_in_a_task_group_is_an_error_that_says_nothing_of_it(app: FastAPI) -> None:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
-        with pytest.raises(DatabaseError, match="SQLSTATE 22") as raised:
-            await client.post("/failing-in-tasks")
-    assert not isinstance(raised.value, DatabaseUnavailableError)
-    assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 
 async def test_an_outage_that_an_endpoint_has_caught_is_a_503_all_the_same(client: httpx.AsyncClient) -> None:

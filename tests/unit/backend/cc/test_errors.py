@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import exc, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from backend.cc.errors import DATABASE_ERRORS, DatabaseError, DatabaseUnavailableError, database_error, group_error
+from backend.cc.errors import DATABASE_ERRORS, DatabaseUnavailableError, database_error
 
 RAISE = "DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{}'; END $$"
 
@@ -163,40 +163,3 @@ def test_an_error_that_is_translated_already_stays_itself() -> None:
     error = DatabaseUnavailableError("x", "57P01")
     error.record_id = UUID(int=7)
     assert database_error(error) is error
-
-
-OUTAGE, OTHER_OUTAGE, REFUSAL = DatabaseUnavailableError("outage"), DatabaseUnavailableError("other"), DatabaseError()
-
-
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ([OUTAGE], OUTAGE),
-        ([OUTAGE, OTHER_OUTAGE], OUTAGE),
-        ([OUTAGE, REFUSAL], REFUSAL),
-        ([OUTAGE, ExceptionGroup("", [OTHER_OUTAGE, REFUSAL])], REFUSAL),
-        ([ExceptionGroup("", [ExceptionGroup("", [OUTAGE])])], OUTAGE),
-    ],
-)
-def test_the_most_serious_error_of_a_group_stands_for_it(errors: list[Exception], expected: Exception) -> None:
-    assert group_error(ExceptionGroup("", errors)) is expected
-
-
-def test_sqlalchemys_errors_of_a_group_are_translated() -> None:
-    error = group_error(ExceptionGroup("", [Wrapped(of_state("57P01")), Wrapped(of_state("42601"))]))
-    assert isinstance(error, DatabaseError)
-    assert error.code == "42601"
-
-
-@pytest.mark.parametrize(
-    "errors",
-    [
-        [ValueError()],
-        [OUTAGE, ValueError()],
-        [OUTAGE, ExceptionGroup("", [ValueError()])],
-        [OUTAGE, TimeoutError()],
-    ],
-)
-def test_a_group_with_an_error_that_is_not_the_databases_stays_itself(errors: list[Exception]) -> None:
-    group = ExceptionGroup("", errors)
-    assert group_error(group) is group

@@ -12,7 +12,6 @@ from sqlalchemy import text
 from backend.cc.cc_main import Service, create_app
 from backend.cc.config import Settings
 from backend.cc.deps import DBSession, LogL1
-from backend.cc.errors import DatabaseUnavailableError
 from backend.cc.exception_handlers import add_exception_handlers
 from backend.cc.records import EventRecord, PromptRecord
 
@@ -30,11 +29,6 @@ async def query(session: DBSession) -> None:
 @router.post("/fail")
 async def fail() -> None:
     raise RuntimeError(SECRET)
-
-
-@router.post("/fail-in-tasks")
-async def fail_in_tasks() -> None:
-    raise ExceptionGroup("a secret", [DatabaseUnavailableError(), ValueError()]) from KeyError("the cause")
 
 
 @router.post("/log")
@@ -146,14 +140,6 @@ async def test_a_missing_migration_is_a_500_and_no_outage(client: httpx.AsyncCli
     await db.execute("DROP SCHEMA mem0_cc CASCADE")
     response = await client.post("/test-log", json={}, headers=MINE)
     assert (response.status_code, response.json()["request_id"]) == (500, "mine")
-
-
-async def test_a_group_that_is_not_the_databases_alone_reaches_the_server_as_it_was_raised(app: Service) -> None:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
-        with pytest.raises(ExceptionGroup) as raised:
-            await client.post("/fail-in-tasks")
-    assert len(raised.value.exceptions) == 2
-    assert isinstance(raised.value.__cause__, KeyError)
 
 
 # A mounted application

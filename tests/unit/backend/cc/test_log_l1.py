@@ -35,7 +35,7 @@ from backend.cc.config import Settings
 from backend.cc.database import Database, _check
 from backend.cc.errors import DatabaseError, DatabaseUnavailableError
 from backend.cc.jsonb import DEPTH_MAX, to_jsonb
-from backend.cc.mem0_models import BaseLog, EventLog
+from backend.cc.mem0_models import BaseLog
 from backend.cc.records import EventRecord, PromptRecord, Record
 from backend.cc.services.logging import INSERT_EVENT, log_l1
 from common.logger_logfire import configure_logfire
@@ -147,16 +147,6 @@ async def test_it_joins_a_savepoint(session: AsyncSession, db: asyncpg.Connectio
         await log_l1(session, EVENT)
         await savepoint.rollback()
     assert [row["id"] for row in await db.fetch("SELECT id FROM mem0_cc.base_log")] == [kept]
-
-
-async def test_a_session_bound_to_one_connection_works_too(database: Database, db: asyncpg.Connection) -> None:
-    async with database._engine.connect() as connection:
-        transaction = await connection.begin()
-        async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
-            record_id = await log_l1(session, EVENT)
-            assert await session.get(EventLog, record_id)
-        await transaction.rollback()
-    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
 
 
 # Ids and spans
