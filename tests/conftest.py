@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from devtools.postgres import server, temporary_home
-from support.database import execute, migrate, new_database, with_database
+from support.database import execute, new_database, run_alembic, with_database
 
 # In a run that was started with SIGINT ignored, as `&` in a script does, a child would inherit that, and a test that
 # interrupts its child would wait for ever. A signal that has a handler here is reset to its default in a child.
@@ -56,7 +56,7 @@ def template(postgres_url: str) -> Iterator[str]:
     """The name of a database made by the real migrations, to be cloned."""
     name = f"template_{uuid4().hex}"
     asyncio.run(execute(postgres_url, f"CREATE DATABASE {name}"))
-    migrate(with_database(postgres_url, name))
+    run_alembic(with_database(postgres_url, name), "upgrade", "head").check_returncode()
     yield name
     asyncio.run(execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 

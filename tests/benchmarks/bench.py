@@ -34,7 +34,7 @@ from devtools.otlp import otlp_receiver
 from devtools.postgres import server, temporary_home
 from devtools.service import Service, running_service
 from devtools.traces import by_trace, is_whole
-from support.database import execute, run_alembic, with_database
+from support.database import alembic_process, execute, with_database
 from support.wire import counted
 
 Round = dict[str, float]
@@ -66,7 +66,7 @@ def new_database(server_url: str, template: str = "") -> str:
     asyncio.run(execute(server_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "")))
     url = with_database(server_url, name)
     if not template:
-        run_alembic(url, "upgrade", "head").check_returncode()
+        alembic_process(url, "upgrade", "head").check_returncode()
     return url
 
 

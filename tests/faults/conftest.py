@@ -10,7 +10,7 @@ import pytest
 from devtools.postgres import Server, temporary_home
 from devtools.service import Service, running_service
 from support.cluster import TIMEOUT, Postgres, Run, fetch
-from support.database import migrate, with_database
+from support.database import run_alembic, with_database
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def database_url(cluster: Postgres) -> str:
     name = f"test_{uuid4().hex}"
     fetch(cluster.url, f"CREATE DATABASE {name}")
     url = with_database(cluster.url, name)
-    migrate(url)
+    run_alembic(url, "upgrade", "head").check_returncode()
     return url
 
 

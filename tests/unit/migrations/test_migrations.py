@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from support.database import execute, run_alembic
+from support.database import alembic_process, execute, run_alembic
 
 TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
 ALL_TABLES = ["base_log", "event_log", "prompt_trace"]
@@ -27,11 +27,11 @@ def assert_done(result: subprocess.CompletedProcess[str]) -> None:
 
 
 async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: str) -> None:
-    assert_done(run_alembic(empty_database_url, "upgrade", "head"))
+    assert_done(alembic_process(empty_database_url, "upgrade", "head"))
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
-    assert_done(run_alembic(empty_database_url, "downgrade", "base"))
+    assert_done(alembic_process(empty_database_url, "downgrade", "base"))
     assert await fetchval(empty_database_url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'mem0_cc'") == 0
-    assert_done(run_alembic(empty_database_url, "upgrade", "head"))
+    assert_done(alembic_process(empty_database_url, "upgrade", "head"))
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
 
 
@@ -69,7 +69,7 @@ async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> 
     name = make_url(empty_database_url).database
     await execute(empty_database_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
     with ThreadPoolExecutor(4) as threads:
-        for result in threads.map(lambda _: run_alembic(empty_database_url, "upgrade", "head"), range(4)):
+        for result in threads.map(lambda _: alembic_process(empty_database_url, "upgrade", "head"), range(4)):
             assert_done(result)
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
 
