@@ -40,15 +40,7 @@ def running_service(
 ) -> Iterator[Service]:
     """Run the service until the block ends. Yields it once it accepts connections.
 
-    Args:
-        database_url: Its DATABASE_URL.
-        log_path: Where to write what it prints.
-        uvicorn_args: More arguments of uvicorn.
-        app: What uvicorn serves.
-        environment: More environment variables.
-
-    Raises:
-        RuntimeError: It did not start; the message is what it printed.
+    What it prints goes to `log_path`. Raises RuntimeError with that text if it does not start.
     """
     port = free_port()
     with log_path.open("w") as log:

@@ -43,15 +43,9 @@ def is_whole(spans: list[ReceivedSpan]) -> bool:
 
 
 def is_complete(answer: Mapping[str, str], spans: list[ReceivedSpan], rows: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Tell whether a request can be followed from its entry to its rows.
+    """Tell whether a request can be followed: its trace is whole, names its two records, and their rows have its ids.
 
-    Args:
-        answer: The body of the 200 that the service answered; empty for any other answer.
-        spans: All that arrived of the trace that the answer names.
-        rows: What `ROWS` returned, by id.
-
-    Returns:
-        Whether the trace is whole, it names the answer's two records, and their rows have the answer's ids.
+    `answer` is the body of its 200, empty for any other answer. `rows` is what `ROWS` returned, by id.
     """
     if not answer or not is_whole(spans):
         return False
