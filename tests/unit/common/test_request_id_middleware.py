@@ -50,16 +50,14 @@ async def test_an_inbound_id_that_fits_is_kept(kept: str) -> None:
     assert (await client().get("/", headers={"X-Request-ID": kept})).text == kept
 
 
-@pytest.mark.parametrize(
-    "replaced", ["", "x" * 129, "a b", "a\tb", "a/b", "é", "a;b", "<script>", "a\x00b", "²", "٣"], ids=repr
-)
+@pytest.mark.parametrize("replaced", ["", "x" * 129, "a b", "a\tb", "a/b", "é", "a;b", "<script>", "a\x00b", "²", "٣"])
 async def test_an_inbound_id_that_does_not_fit_is_replaced(replaced: str) -> None:
     response = await client().get("/", headers={b"x-request-id": replaced.encode()})
     assert response.status_code == 200
     assert UUID(response.text).version == 4
 
 
-@pytest.mark.parametrize("value", [b"abc\n", b"\nabc", b"abc\r\nset-cookie: a=b"], ids=repr)
+@pytest.mark.parametrize("value", [b"abc\n", b"\nabc", b"abc\r\nset-cookie: a=b"])
 async def test_an_inbound_id_with_a_line_break_is_replaced(value: bytes) -> None:
     seen: list[str | None] = []
 
