@@ -156,7 +156,7 @@ def test_every_answer_to_generated_requests_is_as_documented(abused: Abused) -> 
         operation: Any = result.ok()  # type: ignore[union-attr]
 
         @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]))
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=40, deadline=None)
         def validate(case: Any) -> None:
             assume(not (isinstance(case.body, dict) and repeats_a_key(case.body)))
             case.call_and_validate()

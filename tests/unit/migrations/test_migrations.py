@@ -29,9 +29,9 @@ def assert_done(result: subprocess.CompletedProcess[str]) -> None:
 async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: str) -> None:
     assert_done(alembic_process(empty_database_url, "upgrade", "head"))
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
-    assert_done(alembic_process(empty_database_url, "downgrade", "base"))
+    assert_done(run_alembic(empty_database_url, "downgrade", "base"))
     assert await fetchval(empty_database_url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'mem0_cc'") == 0
-    assert_done(alembic_process(empty_database_url, "upgrade", "head"))
+    assert_done(run_alembic(empty_database_url, "upgrade", "head"))
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
 
 

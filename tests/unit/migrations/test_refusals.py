@@ -82,14 +82,13 @@ async def test_a_clone_whose_path_has_a_percent_sign_migrates(empty_database_url
         shutil.copy(ROOT / name, clone)
     for name in ("migrations", "src"):
         shutil.copytree(ROOT / name, clone / name)
-    for command in (["upgrade", "head"], ["check"]):
-        migrated = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "alembic", *command],
-            cwd=clone,
-            env={**os.environ, "DATABASE_URL": empty_database_url},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert migrated.returncode == 0, migrated.stdout + migrated.stderr
+    migrated = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=clone,
+        env={**os.environ, "DATABASE_URL": empty_database_url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert migrated.returncode == 0, migrated.stdout + migrated.stderr
