@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Ids and names, never content. Logfire scrubs by words, and would replace an event type `session_start`.
 _OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "mem0.record_id"})
-# How spans are batched unless the operator says otherwise (docs/decisions/0004).
-_BATCHES: Final = {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "128", "OTEL_BSP_MAX_QUEUE_SIZE": "8192"}
 
 
 @dataclass
@@ -93,8 +91,9 @@ def configure_logfire(
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
-    for name, value in _BATCHES.items():
-        os.environ.setdefault(name, value)
+    # How spans are batched unless the operator says otherwise (docs/decisions/0004). With a token each counts twice.
+    os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "256" if token else "128")
+    os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
     # Trace context alone, because nothing here reads baggage. Both parsers write a caller's text into the log.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
     for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation"):

@@ -20,6 +20,7 @@ from uuid import uuid4
 import asyncpg
 import logfire
 import uvloop
+from opentelemetry import trace
 from uuid_utils.compat import uuid7
 
 from backend.cc.config import Settings
@@ -29,6 +30,7 @@ from backend.cc.records import EventRecord
 from backend.cc.services.logging import INSERT_EVENT, log_l1
 from benchmarks.floor import keep_as_it_is
 from common.logger_logfire import configure_logfire
+from common.request_id_middleware import generate_request_id, request_id_var
 
 Call = Callable[[], Awaitable[object]]
 
@@ -67,14 +69,16 @@ async def pool_without_reset() -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def log_l1_call() -> AsyncIterator[Call]:
-    """`log_l1` as an endpoint that only logs calls it."""
+    """`log_l1` as an endpoint that only logs calls it: in a request, which has an id and a span."""
     configure_logfire("cos-cc", **SETTINGS.tracing())
     session = Database(SETTINGS).idle
 
     async def call() -> None:
         await log_l1(session, EventRecord("test_log", PAYLOAD))
 
-    yield call
+    request_id_var.set(generate_request_id())
+    with trace.get_tracer(__name__).start_as_current_span("request"):
+        yield call
 
 
 @contextlib.asynccontextmanager
