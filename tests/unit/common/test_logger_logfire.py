@@ -151,7 +151,12 @@ def test_an_exceptions_text_stays_off_the_span_and_its_type_and_frames_stay_on(c
     event = raised.events[0].attributes
     assert event is not None
     assert event["exception.type"] == "RuntimeError"
-    assert "test_logger_logfire.py" in str(event["exception.stacktrace"])
+    assert event["exception.message"] == ""
+    assert event["exception.escaped"] == "True"
+    stacktrace = str(event["exception.stacktrace"])
+    assert stacktrace.startswith('  File "')
+    assert stacktrace.endswith("from error\nRuntimeError")
+    assert "XX" not in stacktrace
     assert raised.status.description == "RuntimeError"
 
 

@@ -149,3 +149,15 @@ async def _no_message() -> Message:
 
 async def _nowhere(message: Message) -> None:
     raise AssertionError(message)
+
+
+async def test_an_answer_without_headers_gets_the_one() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    transport = httpx.ASGITransport(RequestIDMiddleware(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
+        assert list((await client.get("/", headers={"x-request-id": "mine"})).headers.items()) == [
+            ("x-request-id", "mine")
+        ]

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from uuid import UUID
 
 import anyio
 import asyncpg
@@ -191,6 +192,11 @@ async def early_socket(websocket: WebSocket, log_l1: LogL1) -> None:
     await websocket.accept()
 
 
+@router.post("/own-ids")
+async def own_ids(log_l1: LogL1) -> UUID:
+    return await log_l1(EVENT, request_id="own", record_id=UUID(int=7))
+
+
 @router.post("/own-timeout")
 async def own_timeout(_: DBSession) -> None:
     raise TimeoutError
@@ -206,6 +212,11 @@ def app(settings: Settings) -> Service:
 async def test_a_record_is_committed_when_the_answer_arrives(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
     record_id = (await client.post("/records")).json()
     assert await db.fetchval("SELECT true FROM mem0_cc.prompt_trace WHERE base_log_id = $1", record_id)
+
+
+async def test_an_endpoint_may_give_its_own_ids(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
+    assert UUID((await client.post("/own-ids")).json()) == UUID(int=7)
+    assert await db.fetchval("SELECT request_id FROM mem0_cc.base_log WHERE id = $1", UUID(int=7)) == "own"
 
 
 async def test_a_record_that_joined_an_earlier_query_is_committed_too(
@@ -326,8 +337,11 @@ async def test_an_unreachable_database_closes_a_websocket_and_asks_to_try_again(
     assert (accepted["type"], closed["type"], closed["code"]) == ("websocket.accept", "websocket.close", 1013)
 
 
-async def test_an_unreachable_database_is_a_503_to_a_websockets_handshake(app_without_database: FastAPI) -> None:
+async def test_an_unreachable_database_is_a_503_to_a_websockets_handshake(
+    app_without_database: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
     answer = (await open_socket(app_without_database, "/early-socket"))[0]
+    assert "WS /early-socket: 503, the database is unavailable" in caplog.text
     assert (answer["type"], answer["status"]) == ("websocket.http.response.start", 503)
     assert [name for name, _ in answer["headers"]].count(b"x-request-id") == 1
 

@@ -163,3 +163,13 @@ def test_an_error_that_is_translated_already_stays_itself() -> None:
     error = DatabaseUnavailableError("x", "57P01")
     error.record_id = UUID(int=7)
     assert database_error(error) is error
+
+
+def test_a_state_without_a_hint_is_named_and_no_more() -> None:
+    assert str(database_error(of_state("22012"))) == "PostgreSQL refused the statement (SQLSTATE 22012)"
+    assert str(database_error(of_state("57014"))) == "the database is unavailable (SQLSTATE 57014)"
+
+
+def test_what_sqlalchemy_refuses_has_its_class_as_its_code() -> None:
+    error = database_error(exc.InvalidRequestError("a secret"))
+    assert (str(error), error.code) == ("the session can't do this (InvalidRequestError)", "InvalidRequestError")

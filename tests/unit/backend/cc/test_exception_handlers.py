@@ -8,11 +8,14 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import text
+from starlette.types import Message, Send
+from starlette.websockets import WebSocket
 
 from backend.cc.cc_main import Service, create_app
 from backend.cc.config import Settings
 from backend.cc.deps import DBSession, LogL1
-from backend.cc.exception_handlers import add_exception_handlers
+from backend.cc.errors import DatabaseUnavailableError
+from backend.cc.exception_handlers import add_exception_handlers, database_unavailable
 from backend.cc.records import EventRecord, PromptRecord
 
 SECRET = "a secret"
@@ -172,3 +175,30 @@ async def test_a_mounted_application_answers_503_with_the_services_handlers() ->
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cc") as client:
         response = await client.post("/sub/log", headers=MINE)
     assert (response.status_code, response.json()["request_id"]) == (503, "mine")
+
+
+# A WebSocket that has ended before its error is answered
+
+
+def open_websocket(send: Send) -> WebSocket:
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    return WebSocket({"type": "websocket", "state": {"request_id": "mine"}}, receive, send)
+
+
+async def test_an_outage_after_the_end_of_a_websocket_is_no_other_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def gone(message: Message) -> None:
+        if message["type"] == "websocket.close":
+            raise OSError
+
+    async def taken(message: Message) -> None:
+        pass
+
+    for send, close_first in ((gone, False), (taken, True)):
+        websocket = open_websocket(send)
+        await websocket.accept()
+        if close_first:
+            await websocket.close()
+        assert await database_unavailable(websocket, DatabaseUnavailableError("no more")) is None
+    assert caplog.messages == ["WS : 503, no more"] * 2

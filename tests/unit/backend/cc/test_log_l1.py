@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 from collections import UserDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -206,6 +207,69 @@ async def test_the_row_does_not_depend_on_the_span(session: AsyncSession, db: as
     assert len(trace_id) == 32
 
 
+async def test_in_a_trace_that_is_not_recorded_the_row_has_its_id_and_there_is_no_other_span(
+    session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter
+) -> None:
+    parent = trace.SpanContext(trace_id=2**127, span_id=2**63, is_remote=True, trace_flags=trace.TraceFlags(0))
+    with trace.use_span(trace.NonRecordingSpan(parent)):
+        await log_l1(session, EVENT)
+    assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log") == f"{2**127:032x}"
+    assert spans.get_finished_spans() == ()
+
+
+async def test_a_trace_that_began_elsewhere_is_recorded_here_too(
+    session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter
+) -> None:
+    parent = trace.SpanContext(trace_id=2**127, span_id=2**63, is_remote=True, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(parent)):
+        await log_l1(session, EVENT)
+    (span,) = spans.get_finished_spans()
+    assert span.parent == parent
+    assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log") == f"{2**127:032x}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "error_type"),
+    [
+        ("DROP SCHEMA mem0_cc CASCADE", "42P01"),
+        ("CREATE RULE no AS ON INSERT TO mem0_cc.event_log DO INSTEAD NOTHING", "suppressed"),
+    ],
+)
+async def test_the_span_of_a_refused_record_says_why_and_no_more(
+    session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter, statement: str, error_type: str
+) -> None:
+    await db.execute(statement)
+    with pytest.raises(DatabaseError):
+        await log_l1(session, EVENT)
+    (span,) = spans.get_finished_spans()
+    assert (span.attributes or {})["error.type"] == error_type
+    assert (span.status.status_code, span.status.description) == (trace.StatusCode.ERROR, None)
+    assert span.events == ()
+
+
+async def test_the_span_of_a_cancelled_record_says_so(
+    database: Database, db: asyncpg.Connection, spans: InMemorySpanExporter
+) -> None:
+    async with db.transaction():
+        await db.execute("LOCK TABLE mem0_cc.base_log")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(log_l1(database.idle, EVENT), 0.2)
+    (span,) = spans.get_finished_spans()
+    assert (span.attributes or {})["error.type"] == "CancelledError"
+    assert not span.status.is_ok
+    assert span.events == ()
+
+
+async def test_waiting_for_a_connection_counts_towards_the_time_limit(database_url: str) -> None:
+    settings = Settings(database_url=database_url, cc_db_pool_size=1, cc_db_timeout_seconds=0.3)
+    async with Database(settings) as database, database.session() as session:
+        await session.execute(text("SELECT 1"))  # takes the one connection
+        started = time.monotonic()
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await log_l1(database.idle, EVENT)
+        assert time.monotonic() - started < 2
+
+
 async def test_with_asyncpg_instrumented_the_statement_is_a_child_of_the_same_span(
     session: AsyncSession, spans: InMemorySpanExporter
 ) -> None:
@@ -310,7 +374,7 @@ class Shout(str, Enum):  # noqa: UP042 - not the same: str() of it is not its va
 @dataclass
 class Pair:
     data: bytes
-    n: int
+    n: object
 
 
 class Model(BaseModel):
@@ -355,6 +419,11 @@ def nested(levels: int) -> dict[str, Any]:
         ({"a": Colour.RED, "b": Size.SMALL}, {"a": "red", "b": "small"}),
         ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
         ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "_wA="}),
+        ({"a": Pair(b"bytes", Hostile())}, {"a": {"data": "bytes", "n": "<Unserializable Hostile object>"}}),
+        ({"a": Pair(b"\xff", Hostile())}, {"a": {"data": "_w==", "n": "<Unserializable Hostile object>"}}),
+        ({"a": Pair(b"\xff", math.inf)}, {"a": {"data": "_w==", "n": None}}),
+        ({"a": "NUL \0 alone"}, {"a": "NUL \ufffd alone"}),
+        ({"a": [[]] * 70 + [{}] * 70, "b": (1, math.nan)}, {"a": [[]] * 70 + [{}] * 70, "b": [1, None]}),
         ({"a": Pair(b"\xff", 1)}, {"a": {"data": "_w==", "n": 1}}),
         ({"a": Model(data=b"\xff")}, {"a": {"data": "_w==", "n": 1}}),
         ({"a": Shout.LOUD, Shout.LOUD: math.nan}, {"a": "loud", "loud": None}),

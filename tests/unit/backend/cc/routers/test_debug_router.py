@@ -143,3 +143,11 @@ async def test_a_client_that_leaves_before_its_body_is_complete_is_no_error_of_o
     scope = {"type": "http", "method": "POST", "path": "/test-log", "headers": [(b"content-type", b"application/json")]}
     await app({**scope, "query_string": b""}, receive, send)
     assert sent[0]["status"] == 400
+
+
+async def test_text_that_postgresql_cannot_store_is_stored_with_replacement_characters(
+    client: httpx.AsyncClient, db: asyncpg.Connection
+) -> None:
+    response = await client.post("/test-log", content=rb'{"role": "\ud800", "content": "\u0000"}', headers=JSON)
+    assert response.status_code == 200
+    assert tuple(await db.fetchrow("SELECT role, content FROM mem0_cc.prompt_trace")) == ("\ufffd", "\ufffd")
