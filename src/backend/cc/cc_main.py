@@ -20,6 +20,8 @@ from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import RequestIDMiddleware
 
 SHUTDOWN_SECONDS: Final = 3.0  # how long shutdown waits for spans to be delivered
+# FastAPI's own: one span for each request. Operation spans would be three more, metrics and logs are not asked for.
+_TRACING: Final = {"tracing": True, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         title="COS Control Center",
         lifespan=lifespan,
         max_body_size=settings.cc_max_body_bytes,
-        # One span for each request. Operation spans would be three more, metrics and logs are not asked for.
-        telemetry={"tracing": True, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False},
+        telemetry=_TRACING,
         description="Every answer has the header `X-Request-ID`.",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

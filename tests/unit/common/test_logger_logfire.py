@@ -1,4 +1,5 @@
 import logging
+import os
 import socket
 import sys
 import time
@@ -79,6 +80,21 @@ def test_an_otlp_endpoint_receives_spans_of_the_named_service(
     assert span.resource["service.name"] == "cos-cc"
     assert span.resource["deployment.environment.name"] == "staging"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("token", "size"), [(None, "128"), (TOKEN, "256")])
+def test_spans_are_batched_for_a_service_under_load_unless_the_operator_says_otherwise(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, token: str | None, size: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("LOGFIRE_BASE_URL", receiver.endpoint)
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "1000")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")  # so that it is put back
+    monkeypatch.delenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE")
+    configure_logfire("cos-cc", token=token, otlp=True)
+    assert os.environ["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"] == size
+    assert os.environ["OTEL_BSP_MAX_QUEUE_SIZE"] == "1000"
+    assert caplog.messages == ([] if token else ["LOGFIRE_TOKEN is not set: nothing is sent to Logfire."])
 
 
 def test_with_a_token_logfire_receives_spans_at_its_base_url(

@@ -1,4 +1,6 @@
+import gc
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -52,6 +54,7 @@ async def test_a_request_is_one_whole_trace(client: httpx.AsyncClient, exporter:
         ("POST /test-log", SpanKind.SERVER),
     ]
     prompt, event, server = spans
+    assert server.resource.attributes["service.name"] == "cos-cc"
     assert server.parent is None
     assert prompt.parent == event.parent == server.context
     assert {format(span.context.trace_id, "032x") for span in spans} == {answer["trace_id"]}
@@ -230,8 +233,9 @@ def test_ids_do_not_leak_between_requests_on_one_connection(
 
 async def test_start_and_end_need_no_database_and_log_nothing(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nothing"))
-    async with lifespan(app):
-        pass
+    async with app.router.lifespan_context(app):
+        assert gc.get_freeze_count() > 0
+    gc.unfreeze()
     assert [record.message for record in caplog.records if record.name == "backend.cc.cc_main"] == []
 
 
@@ -257,9 +261,20 @@ async def test_the_debug_route_can_be_left_out(settings: Settings) -> None:
         assert "/test-log" not in (await client.get("/openapi.json")).text
 
 
-def test_there_is_no_endpoint_that_nobody_asked_for(app: FastAPI) -> None:
-    assert [getattr(route, "path", "") for route in app.routes if getattr(route, "include_in_schema", False)] == []
+async def test_there_is_no_endpoint_that_nobody_asked_for(app: FastAPI, client: httpx.AsyncClient) -> None:
     assert list(app.openapi()["paths"]) == ["/test-log"]
+    for path, status in {"/docs": 200, "/openapi.json": 200, "/redoc": 404, "/docs/oauth2-redirect": 404}.items():
+        assert (await client.get(path)).status_code == status
+
+
+def test_the_services_own_log_lines_of_level_info_are_shown(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for name in ("backend", "common"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    create_app(settings)
+    assert [logging.getLogger(name).level for name in ("backend", "common")] == [logging.INFO] * 2
 
 
 async def test_a_body_at_the_limit_is_taken(settings: Settings) -> None:
