@@ -30,7 +30,7 @@ PARTITIONED: Final = "SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass
 """Whether docs/partitions.sql was run here (docs/decisions/0012)."""
 
 OPERATORS_TO_MEND: Final = frozenset({"08", "28", "3D", "42501", "42P07", "55P03"})
-"""SQLSTATEs, and classes of them, that an operator can mend, so that a line says more than a traceback: no connection,
+"""SQLSTATEs, or their classes, that an operator can mend: one line is printed, and no traceback. No connection,
 login refused, no such database, a missing privilege, a table that exists already, a lock."""
 
 
@@ -63,7 +63,7 @@ def migrate(connection: Connection) -> None:
 
 
 def configure(**options: object) -> None:
-    """Tell Alembic which schema is the service's, and to keep its own table in the default schema, which stays."""
+    """Tell Alembic which schema is the service's. Its own table is in the default schema, which `downgrade` keeps."""
     context.configure(
         target_metadata=Base.metadata,
         version_table="alembic_version_cos_cc",

@@ -21,8 +21,8 @@ SCHEMA = "mem0_cc"
 
 def upgrade() -> None:
     """Create the schema and its tables."""
-    # Where the migrating role may not create schemas an administrator has made it, and IF NOT EXISTS would
-    # not do: PostgreSQL asks for the privilege first.
+    # An administrator may have created the schema, because the migrating role may not. IF NOT EXISTS would fail for
+    # that role: PostgreSQL checks the privilege before it looks whether the schema exists.
     op.execute(f"DO $$ BEGIN IF to_regnamespace('{SCHEMA}') IS NULL THEN CREATE SCHEMA {SCHEMA}; END IF; END $$")
     op.create_table(
         "base_log",

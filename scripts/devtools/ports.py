@@ -1,4 +1,4 @@
-"""The loopback interface, on which everything that runs locally listens and nothing else."""
+"""The loopback interface. Everything that runs locally listens on it, and on no other interface."""
 
 import os
 import socket

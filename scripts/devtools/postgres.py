@@ -132,7 +132,7 @@ def default_home() -> Path:
 
 
 def _run(command: list[str]) -> None:
-    """Become a command that uses the PostgreSQL of the default home: the one that runs, or one of its own."""
+    """Replace this process by a command that uses the PostgreSQL of the default home, and start that if none runs."""
     cluster = Server(default_home())
     if not cluster.answers():
         cluster.start()
@@ -144,7 +144,7 @@ def _run(command: list[str]) -> None:
 
 
 def _supervise(cluster: Server, lock: int) -> int:
-    """Run PostgreSQL until standard input ends, and return its exit code: what the supervisor does.
+    """Run PostgreSQL until standard input is closed, and return PostgreSQL's exit code. The supervisor calls this.
 
     Every process of PostgreSQL inherits the lock. While one of them lives, no other PostgreSQL is started on its data.
     """

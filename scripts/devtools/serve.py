@@ -58,7 +58,7 @@ def curl_line(port: int) -> str:
 
 
 def end_with_parent() -> None:
-    """Stop this worker when uvicorn's parent process is gone: killed, it would leave the port taken for ever."""
+    """Stop this worker when uvicorn's parent process is gone. Otherwise the worker would keep the port taken."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(0.5)

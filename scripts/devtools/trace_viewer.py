@@ -21,7 +21,7 @@ HOME: Final = Path(sys.prefix, "var")  # the viewer's password, log and traces, 
 
 
 def run(port: int, command: list[str]) -> None:
-    """Start the viewer on a port and become the command, or wait to be stopped where there is none. Does not return.
+    """Start the viewer on a port, then become the command; without a command, wait until stopped. Does not return.
 
     Raises:
         OSError: The port is taken, or the viewer did not start.
@@ -37,7 +37,7 @@ def run(port: int, command: list[str]) -> None:
     with log_file.open("w") as log:
         viewer = subprocess.Popen(
             [sys.executable, "-m", "devtools.trace_viewer", "--view"],
-            # Its own directory and environment: it would read a `.env` there, and the user's LIGHTTRACE_*.
+            # Its own directory and environment, so that it reads neither a `.env` nor LIGHTTRACE_* of the user's.
             cwd=HOME,
             env={
                 "LIGHTTRACE_API_KEYS": key,

@@ -11,7 +11,7 @@ def until(condition: Callable[[], T], seconds: float = 15, what: str = "what was
     """Call a condition every 20 milliseconds, and return the first true value that it returns.
 
     Raises:
-        TimeoutError: It returned none in so many seconds. The message has `what` the condition says.
+        TimeoutError: No true value was returned within `seconds`. The message has `what`, the condition in words.
     """
     deadline = time.monotonic() + seconds
     while not (found := condition()):

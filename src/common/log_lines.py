@@ -27,7 +27,7 @@ class RequestFormatter(DefaultFormatter):
 
 
 def configure_logging(*names: str) -> None:
-    """Give every log record its ids, and print records of level WARNING and above, of `names` INFO too.
+    """Give every log record its ids. Print records from WARNING up, and those of the loggers `names` from INFO up.
 
     Other libraries' INFO may hold content. An application that has configured the root logger keeps its configuration,
     and can name the ids as `%(request_id)s` and `%(trace_id)s`. A record factory of its own stays.

@@ -31,8 +31,8 @@ _OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "m
 class RequestSpanProcessor(SpanProcessor):
     """Put the request id on every span of a request, and `layer=api` on its server span.
 
-    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. `log_refusals` has
-    requests answered 400 to 499 logged, because Logfire's console shows no status.
+    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. `log_refusals`
+    turns on a log line for each request answered 400 to 499, because Logfire's console shows no status.
     """
 
     log_refusals: bool = False
@@ -75,13 +75,13 @@ def configure_logfire(
         otlp: Whether an `OTEL_EXPORTER_OTLP_*ENDPOINT` is set. The SDK reads the variable by itself.
         console: Whether to print spans to standard output too; `LOGFIRE_CONSOLE_*` say how.
         distributed_tracing: Whether to continue the trace that a caller's `traceparent` names.
-            Only for trusted callers: any other could write into their traces, or into ours.
+            Only for trusted callers: any other caller could choose the trace that our spans belong to.
         span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
 
     Raises:
         RuntimeError: Another OpenTelemetry SDK runs in this process. Its spans have query strings and no request id.
     """
-    # Logfire's own provider is none of the SDK's. The module is loaded where `opentelemetry-instrument` starts no SDK.
+    # Logfire's provider is no subclass of the SDK's. `opentelemetry-instrument` may load the module but start no SDK.
     is_foreign = isinstance(trace.get_tracer_provider(), TracerProvider)
     if is_foreign or "opentelemetry.instrumentation.auto_instrumentation" in sys.modules:
         raise RuntimeError("another OpenTelemetry SDK runs in this process: start without opentelemetry-instrument")
@@ -94,7 +94,7 @@ def configure_logfire(
     # How spans are batched unless the operator says otherwise (docs/decisions/0004). With a token each counts twice.
     os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "256" if token else "128")
     os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
-    # Trace context alone, because nothing here reads baggage. Both parsers write a caller's text into the log.
+    # Trace context alone, because nothing here reads baggage. These two loggers would print text of a caller's header.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
     for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation"):
         logging.getLogger(name).setLevel(logging.ERROR)

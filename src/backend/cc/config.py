@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-# asyncpg sends any other parameter to the server as a setting, and each connection is refused, or its encoding changed.
+# asyncpg sends any other parameter to the server as a setting. The server then refuses, or changes the encoding.
 _URL_PARAMETER: Final = re.compile(
     "application_name|database|dbname|host|krbsrvname|gsslib|options|passfile|password|port|target_session_attrs|user"
     "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"

@@ -40,7 +40,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             # No overflow, so that the pool's size is the number of connections that an operator must plan for.
             max_overflow=0,
             pool_timeout=self.seconds,
-            # The last connection returned goes out first. It is warm, and if it died, it is the one that reconnects.
+            # The connection that was returned last is used first, because it is warm.
             pool_use_lifo=True,
         )
         event.listen(self._engine.sync_engine, "checkout", _check)
@@ -73,7 +73,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             values: Its parameters.
 
         Returns:
-            Whether the row is there; False where the statement inserted none. Raises one of `DATABASE_ERRORS`.
+            False where nothing was inserted, e.g. because the id exists already. Raises one of `DATABASE_ERRORS`.
         """
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
@@ -123,7 +123,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
 
     async def _checkout(self) -> PoolProxiedConnection:
         try:
-            # An idle connection needs no I/O, and no greenlet switch, the largest part of a checkout's cost.
+            # An idle connection needs no I/O. Taking it here saves the greenlet switch, which costs the most.
             return self._engine.sync_engine.raw_connection()
         except MissingGreenlet:  # no connection is idle
             return await self._engine.raw_connection()
@@ -152,8 +152,8 @@ class Connecting:
         try:
             return await asyncpg.connect(self._url, connection_class=_Connection, **self._timeouts)
         except (OSError, ValueError, LookupError, AttributeError, BufferError, OverflowError) as error:
-            # Refused, timed out, no host of this name, a peer that speaks another protocol. SQLAlchemy wraps only the
-            # database's own errors, so it is made one of these. Its text would name the address.
+            # Refused, timed out, no such host, or a peer with another protocol. SQLAlchemy wraps only asyncpg's own
+            # errors, so this error becomes one of those. The original text would name the address.
             no_tls = isinstance(error, ssl.SSLError) or type(error) is ConnectionError
             refusal = asyncpg.ConnectionRejectionError if no_tls else asyncpg.ClientCannotConnectError
             raise refusal(type(error).__name__) from None

@@ -19,8 +19,8 @@ from backend.cc.services.logging import log_l1
 async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
     """Yield the session of the request, or of the WebSocket; commit what is open on it before the response is sent.
 
-    A request that never uses the session opens no connection. A transaction that a query began is committed, and the
-    records that joined it with it; after an error it is rolled back. After the end of the request, in a background
+    A request that never uses the session opens no connection. A transaction that a query began is committed, together
+    with the records that joined it. After an error it is rolled back. After the end of the request, in a background
     task or while the response is streamed, `log_l1` still commits, and a query is an InvalidRequestError. Where a query
     or the commit failed, a DatabaseError is raised, and no response has been sent.
     """
@@ -36,15 +36,15 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
         raise database_error(error) from None
     finally:
         if session.in_transaction():
-            # Shielded, because a second cancellation would break the rollback off, and cost the connection. A dead
-            # connection has nothing to roll back, and the response stays what it is.
+            # Shielded, because a second cancellation would interrupt the rollback and cost the connection. Errors are
+            # suppressed, because a dead connection has nothing to roll back. The response stays as it is.
             with contextlib.suppress(DatabaseError, SQLAlchemyError):
                 await asyncio.shield(session.close())
         else:
             session.sync_session.close()  # without a transaction nothing has to be awaited
 
 
-# scope="function": by default a dependency ends after the response, and a commit that fails has been answered 200.
+# scope="function": by default a dependency ends after the response, so the client would get a 200 before the commit.
 DBSession = Annotated[AsyncSession, Depends(get_db_session, scope="function")]
 """An endpoint's parameter that is the request's session."""
 

@@ -11,8 +11,8 @@ from sqlalchemy.exc import SQLAlchemyError
 _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DATABASE_ERRORS: Final = (SQLAlchemyError, exc.EmulatedDBAPIException, *_DRIVER_ERRORS, OSError)
 
-# SQLSTATEs after which a connection must be replaced, because the driver is wrong about it: a transaction has ended, a
-# prepared statement is gone, or a pooler's other client has prepared it.
+# SQLSTATEs that show that asyncpg's state of a connection is wrong, so the connection is replaced: a transaction has
+# ended, a prepared statement is gone, or another client of the pooler has prepared it.
 STALE_CONNECTION: Final = frozenset({"25P01", "26000", "42P05"})
 
 # Classes of SQLSTATE, and SQLSTATEs (PostgreSQL manual, appendix A), that describe the server's condition and not the

@@ -32,7 +32,7 @@ class BaseLog(Base):
     __tablename__ = "base_log"
     __table_args__ = (Index(None, "request_id"), Index(None, "trace_id"), Index(None, "timestamp"))
 
-    # A UUIDv7 of the client's. It is ordered by time, so that inserts stay at the right edge of the index.
+    # A UUIDv7 that the service makes. It is ordered by time, so that inserts stay at the right edge of the index.
     id: Mapped[UUID] = mapped_column(primary_key=True)
     timestamp: Mapped[datetime] = mapped_column(DateTime(timezone=True))  # of the call, by the service's clock
     source_module: Mapped[str] = mapped_column(String(NAME_LENGTH))  # "cc"

@@ -96,7 +96,7 @@ def _start_span(constants: dict[str, str], request_id: str, event_type: str, rec
 
 
 async def _write(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> bool:
-    """Join the session's transaction, or commit alone. Return whether the row is there."""
+    """Join the session's transaction, or commit alone. Return False where the statement inserted nothing."""
     database = Database.of(session)
     try:
         async with asyncio.timeout(database.seconds):
