@@ -88,12 +88,16 @@ def test_spans_are_batched_for_a_service_under_load_unless_the_operator_says_oth
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("LOGFIRE_BASE_URL", receiver.endpoint)
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "1000")
-    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")  # so that it is put back
-    monkeypatch.delenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE")
+    names = ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "OTEL_BSP_MAX_QUEUE_SIZE")
+    for name in names:
+        monkeypatch.setenv(name, "1000")
+    configure_logfire("cos-cc")
+    assert [os.environ[name] for name in names] == ["1000", "1000"]
+    caplog.clear()
+    for name in names:
+        monkeypatch.delenv(name)
     configure_logfire("cos-cc", token=token, otlp=True)
-    assert os.environ["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"] == size
-    assert os.environ["OTEL_BSP_MAX_QUEUE_SIZE"] == "1000"
+    assert [os.environ[name] for name in names] == [size, "8192"]
     assert caplog.messages == ([] if token else ["LOGFIRE_TOKEN is not set: nothing is sent to Logfire."])
 
 
@@ -144,6 +148,34 @@ def test_our_ids_and_names_are_not_scrubbed_and_others_are() -> None:
     assert span.attributes["mem0.event_type"] == "session_start"
     assert span.attributes["request_id"] == "auth-svc-42"
     assert span.attributes["note"] == "[Scrubbed due to 'password']"
+
+
+def test_what_the_code_did_not_set_is_on_no_span() -> None:
+    exporter = recorded()
+    variable = "a name"
+    with logfire.set_baggage(carried="along"):
+        logfire.info(f"hello {variable}")
+    (span,) = exporter.get_finished_spans()
+    assert not (span.attributes or {}).keys() & {"variable", "carried"}
+
+
+def test_spans_are_printed_where_the_console_is_asked_for_and_only_there(capsys: pytest.CaptureFixture[str]) -> None:
+    recorded()
+    logfire.info("unseen")
+    configure_logfire("cos-cc", console=True)
+    logfire.info("seen")
+    configure_logfire("cos-cc")
+    printed = capsys.readouterr().out
+    assert "seen" in printed
+    assert "unseen" not in printed
+
+
+def test_a_callers_header_is_not_repeated_in_a_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    loggers = [logging.getLogger(f"opentelemetry.trace.{name}") for name in ("span", "propagation")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    configure_logfire("cos-cc")
+    assert [logger.level for logger in loggers] == [logging.ERROR] * 2
 
 
 class Question(BaseModel):

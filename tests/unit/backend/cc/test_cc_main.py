@@ -233,6 +233,7 @@ def test_ids_do_not_leak_between_requests_on_one_connection(
 
 async def test_start_and_end_need_no_database_and_log_nothing(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nothing"))
+    gc.unfreeze()
     async with app.router.lifespan_context(app):
         assert gc.get_freeze_count() > 0
     gc.unfreeze()
