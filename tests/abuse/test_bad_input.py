@@ -263,6 +263,8 @@ def test_20000_keys_that_become_one_are_all_kept_and_soon(abused: Abused) -> Non
         pytest.param(b'{"k": "\0"}', id="NUL, not escaped"),
         pytest.param(b'{"tokens_in": -1}', id="negative tokens"),
         pytest.param(b'{"tokens_in": 2147483648}', id="tokens past int4"),
+        pytest.param(b'{"tokens_in": true}', id="true tokens"),
+        pytest.param(b'{"tokens_in": "1"}', id="a string of tokens"),
         pytest.param(b'{"tokens_in": 1.5}', id="half a token"),
         pytest.param(b'{"tokens_out": NaN}', id="NaN tokens"),
         pytest.param(b'{"tokens_out": null}', id="no tokens"),

@@ -10,7 +10,6 @@ from sqlalchemy.exc import SQLAlchemyError
 # What a database call raises, through SQLAlchemy or directly from asyncpg and the network.
 _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DATABASE_ERRORS: Final = (SQLAlchemyError, exc.EmulatedDBAPIException, *_DRIVER_ERRORS, OSError)
-
 # SQLSTATEs that show that asyncpg's state of a connection is wrong, so the connection is replaced: a transaction has
 # ended, a prepared statement is gone, or another client of the pooler has prepared it.
 STALE_CONNECTION: Final = frozenset({"25P01", "26000", "42P05"})

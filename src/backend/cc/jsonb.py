@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 DEPTH_MAX: Final = 128  # levels of nesting: fewer than Python and PostgreSQL allow in any configuration
-
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 # `sort_keys` raises for keys of mixed types. That catches 1 and "1", which would become one name in JSON.
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode

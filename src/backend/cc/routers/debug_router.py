@@ -15,13 +15,15 @@ from backend.cc.mem0_models import NAME_LENGTH
 from backend.cc.records import TOKENS_MAX, EventRecord, PromptRecord
 
 
-def _storable(value: Any) -> Any:
-    # pydantic refuses text with lone surrogates. `log_l1` stores it, with U+FFFD in their place.
+def _lenient(value: Any) -> Any:
+    # pydantic refuses lone surrogates, which `log_l1` replaces, and 12.0, which is an integer to JSON Schema.
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return clean_text(value) if isinstance(value, str) else value
 
 
-Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH), BeforeValidator(_storable)]
-Tokens = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
+Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH), BeforeValidator(_lenient)]
+Tokens = Annotated[int, Field(strict=True, ge=0, le=TOKENS_MAX), BeforeValidator(_lenient)]
 
 
 class TestLogRequest(BaseModel):

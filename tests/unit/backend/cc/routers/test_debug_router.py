@@ -82,6 +82,8 @@ async def test_the_media_type_may_have_parameters(client: httpx.AsyncClient) -> 
         ({"tokens_in": -1}, ["body", "tokens_in"]),
         ({"tokens_in": 1.5}, ["body", "tokens_in"]),
         ({"tokens_out": 2**31}, ["body", "tokens_out"]),
+        ({"tokens_out": True}, ["body", "tokens_out"]),
+        ({"tokens_out": "1"}, ["body", "tokens_out"]),
         ({"event_type": ""}, ["body", "event_type"]),
         ({"event_type": {"secret": 1}}, ["body", "event_type"]),
         ({"payload": ["secret"]}, ["body", "payload"]),
