@@ -46,7 +46,7 @@ async def test_every_key_goes_where_it_belongs_and_the_rest_into_the_payload(
     body = {
         "role": "assistant",
         "content": "Paris.",
-        "tokens_in": 12,
+        "tokens_in": 12.0,
         "tokens_out": 2**31 - 1,
         "event_type": "model.answered",
         "payload": {"model": "small", "nested": {"payload": None}},
