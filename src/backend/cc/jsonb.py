@@ -54,7 +54,7 @@ def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: C901, PLR09
         return float(value) if math.isfinite(value) else None
     if isinstance(value, int):
         try:
-            return int(int.__str__(value))
+            return int(int.__repr__(value))  # not `str`, which names the member of an IntEnum
         except ValueError:  # it has more digits than Python prints
             return hex(value)
     if len(outer) == DEPTH_MAX:

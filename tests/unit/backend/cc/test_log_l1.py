@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import FrozenInstanceError, dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -368,6 +368,10 @@ class Size(StrEnum):
     SMALL = "small"
 
 
+class Level(IntEnum):
+    LOW = 1
+
+
 class Shout(str, Enum):  # noqa: UP042 - not the same: str() of it is not its value
     LOUD = "loud"
 
@@ -418,6 +422,7 @@ def nested(levels: int) -> dict[str, Any]:
         ({"a": date(2026, 1, 2), "b": timedelta(hours=1)}, {"a": "2026-01-02", "b": "PT1H"}),
         ({"a": Decimal("1.10")}, {"a": "1.10"}),
         ({"a": Colour.RED, "b": Size.SMALL}, {"a": "red", "b": "small"}),
+        ({"a": Level.LOW, "b": math.nan}, {"a": 1, "b": None}),
         ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
         ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "_wA="}),
         ({"a": Pair(b"bytes", Hostile())}, {"a": {"data": "bytes", "n": "<Unserializable Hostile object>"}}),
