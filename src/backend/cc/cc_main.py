@@ -52,7 +52,6 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         lifespan=lifespan,
         max_body_size=settings.cc_max_body_bytes,
         telemetry=_TRACING,
-        description="Every answer has the header `X-Request-ID`.",
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )

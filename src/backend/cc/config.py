@@ -20,7 +20,9 @@ class Settings(BaseSettings):
     """The service's configuration, from environment variables of the same names. README.md explains each."""
 
     # Errors name the variable, and do not show its value: it may be a password.
-    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True)
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True, frozen=True
+    )
 
     database_url: SecretStr  # postgres://, postgresql:// or postgresql+asyncpg://
     logfire_token: SecretStr | None = None  # Logfire's write token; without it nothing is sent there
@@ -46,10 +48,8 @@ class Settings(BaseSettings):
             raise ValueError(_URL_HINT) from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
-        if unknown := sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name)):
-            raise ValueError(
-                f"has unknown parameters: {', '.join(unknown)}. A server's setting is options=-c name=value"
-            )
+        if unknown := ", ".join(sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name))):
+            raise ValueError(f"has unknown parameters: {unknown}. A server's setting is written options=-c name=value")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
     @field_validator("otel_sdk_disabled")

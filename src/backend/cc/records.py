@@ -1,4 +1,4 @@
-"""The records that `log_l1` takes. A field that breaks its rule is a ValueError, which names the field and the rule."""
+"""The records that `log_l1` takes, and the rules that each must keep."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ TOKENS_MAX: Final = 2**31 - 1  # PostgreSQL's `integer`
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """One message of a conversation with a model.
+    """One message of a conversation with a model. A field that breaks its rule is a ValueError, which names both.
 
     Args:
         role: The speaker, e.g. "user" or "assistant": 1 to 255 characters.
@@ -36,7 +36,7 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """One event of the system.
+    """One event of the system. A field that breaks its rule is a ValueError, which names both.
 
     Args:
         event_type: The kind of event, e.g. "tool.called": 1 to 255 characters. Spans carry it: no content in here.

@@ -57,15 +57,16 @@ class TestLogResponse(BaseModel):
     event_log_id: UUID
 
 
+_ID: Final = {"X-Request-ID": {"schema": {"type": "string"}, "description": "The request's id."}}
+_RETRY_AFTER: Final = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds until a retry may help."}}
 _TEXT: Final = {"text/plain": {"schema": {"type": "string"}}}  # where `Content-Length` announced the size; else JSON
 _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "Both records are committed."},
-    400: {"model": Refusal, "description": "The body can't be read as JSON; nothing was written."},
-    413: {"model": Refusal, "description": "Above `CC_MAX_BODY_BYTES`; nothing was written.", "content": _TEXT},
-    500: {"model": Failure, "description": "A defect, or a missing migration."},
-    503: {"model": Unavailable, "description": "The database can't be written to now; see the header `Retry-After`."},
+    200: {"headers": _ID, "description": "Both records are committed."},
+    400: {"headers": _ID, "description": "The body can't be read as JSON; nothing was written.", "model": Refusal},
+    413: {"headers": _ID, "description": "Above `CC_MAX_BODY_BYTES`.", "model": Refusal, "content": _TEXT},
+    500: {"headers": _ID, "description": "A defect, or a missing migration.", "model": Failure},
+    503: {"headers": _ID | _RETRY_AFTER, "description": "The database can't be written to.", "model": Unavailable},
 }
-
 router = APIRouter(tags=["debug"])
 
 

@@ -48,6 +48,11 @@ def test_a_token_of_spaces_is_no_token(monkeypatch: pytest.MonkeyPatch, token: s
     assert Settings().tracing()["token"] is None
 
 
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings(database_url=URL).cc_db_pool_size = 5  # type: ignore[misc]
+
+
 def test_spaces_around_a_token_are_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGFIRE_TOKEN", " token\n")
     assert Settings().tracing()["token"] == "token"

@@ -34,7 +34,14 @@ def check(app: FastAPI, response: httpx.Response) -> None:
 def test_it_is_described_with_every_answer_that_it_gives(app: FastAPI) -> None:
     assert operation(app)["summary"]
     assert operation(app)["description"]
-    assert operation(app)["responses"].keys() == {"200", "400", "413", "422", "500", "503"}
+    responses = operation(app)["responses"]
+    assert responses.keys() == {"200", "400", "413", "422", "500", "503"}
+    assert {
+        status for status, described in responses.items() if "X-Request-ID" not in described.get("headers", {})
+    } == {
+        "422"  # FastAPI's own
+    }
+    assert "Retry-After" in responses["503"]["headers"]
 
 
 async def test_the_examples_work_when_pressed(app: FastAPI, client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
