@@ -100,7 +100,7 @@ objects = st.builds(lambda more, body: {**more, **body}, st.dictionaries(text, d
 @given(value=objects | documents, escaped=st.booleans())
 @example(value={"role": "\0", "content": "\ud800", "event_type": "\0"}, escaped=True)
 @example(value={"tokens_in": -1}, escaped=True)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_stored_exactly_or_refused_and_leaves_nothing(abused: Abused, *, value: Any, escaped: bool) -> None:
     before = abused.records()
     body = json.dumps(value, ensure_ascii=escaped).encode(errors="surrogatepass")
@@ -111,7 +111,7 @@ cut_off = st.builds(lambda value, cut: json.dumps(value).encode()[:-cut], object
 
 
 @given(body=st.binary(max_size=200) | cut_off)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_stored_exactly_or_refused_and_leave_nothing(abused: Abused, body: bytes) -> None:
     before = abused.records()
     answer = abused.send(body, JSON)
@@ -136,7 +136,7 @@ header = st.tuples(header_name, header_value | meaningful)
 
 
 @given(headers=st.lists(header, max_size=12))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_headers_harm_a_request(abused: Abused, headers: list[tuple[bytes, bytes]]) -> None:
     before = abused.records()
     answer = abused.send(b"{}", JSON, *headers)
@@ -156,7 +156,7 @@ def test_every_answer_to_generated_requests_is_as_documented(abused: Abused) -> 
         operation: Any = result.ok()  # type: ignore[union-attr]
 
         @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]))
-        @settings(max_examples=30, deadline=None)
+        @settings(max_examples=60, deadline=None)
         def validate(case: Any) -> None:
             assume(not (isinstance(case.body, dict) and repeats_a_key(case.body)))
             case.call_and_validate()

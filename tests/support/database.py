@@ -8,7 +8,9 @@ import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from uuid import uuid4
 
 import asyncpg
@@ -23,11 +25,11 @@ def with_database(url: str, name: str) -> str:
     return make_url(url).set(database=name).render_as_string(hide_password=False)
 
 
-def alembic_process(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run alembic as a user does: its own process, DATABASE_URL in the environment."""
+def alembic_process(url: str, *arguments: str, clone: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run alembic as a user of a clone does: its own process, DATABASE_URL in the environment."""
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
+        cwd=clone,
         env={**os.environ, "DATABASE_URL": url},
         capture_output=True,
         text=True,
@@ -49,14 +51,10 @@ def run_alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             return 1
         return 0
 
-    before = os.environ["DATABASE_URL"]
-    os.environ["DATABASE_URL"] = url
-    try:
-        # A thread of its own has no event loop yet, as a process of its own.
-        with redirect_stdout(out), redirect_stderr(err), ThreadPoolExecutor(1) as thread:
-            code = thread.submit(run).result()
-    finally:
-        os.environ["DATABASE_URL"] = before
+    environment = patch.dict(os.environ, DATABASE_URL=url)
+    # A thread of its own has no event loop yet, as a process of its own.
+    with environment, redirect_stdout(out), redirect_stderr(err), ThreadPoolExecutor(1) as thread:
+        code = thread.submit(run).result()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

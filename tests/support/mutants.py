@@ -17,7 +17,7 @@ def _try_mutants(names: list[str]) -> dict[str, int]:
     with temporary_home() as home, server(home) as url:
         # Where mutants are named, mutmut first runs their tests by id, and fails if pytest does not find one. Otherwise
         # it would take that for a mutant's death. pytest escapes an id made by `ids=repr` anew in each collection.
-        command = ("mutmut", "run", "--max-children", "2", *(names or "*"))
+        command = ("mutmut", "run", "--max-children", "2", *(names or ["*"]))
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"CC_TEST_DATABASE_URL": url})
     found = [json.loads(path.read_text())["exit_code_by_key"] for path in (ROOT / "mutants").rglob("*.meta")]
     return {name: code for codes in found for name, code in codes.items() if code is not None}

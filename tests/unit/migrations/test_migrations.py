@@ -68,8 +68,8 @@ async def test_check_finds_drift_of_our_own(database_url: str, drift: str, opera
 async def test_several_upgrades_at_once_all_succeed(empty_database_url: str) -> None:
     name = make_url(empty_database_url).database
     await execute(empty_database_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
-    with ThreadPoolExecutor(3) as threads:
-        for result in threads.map(lambda _: alembic_process(empty_database_url, "upgrade", "head"), range(3)):
+    with ThreadPoolExecutor(4) as threads:
+        for result in threads.map(lambda _: alembic_process(empty_database_url, "upgrade", "head"), range(4)):
             assert_done(result)
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
 

@@ -1,8 +1,5 @@
 import asyncio
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import pytest
 from sqlalchemy import make_url
 
 from devtools import ROOT
-from support.database import execute, new_database, run_alembic
+from support.database import alembic_process, execute, new_database, run_alembic
 
 
 async def refused(url: str, *command: str) -> str:
@@ -82,13 +79,6 @@ async def test_a_clone_whose_path_has_a_percent_sign_migrates(empty_database_url
         shutil.copy(ROOT / name, clone)
     for name in ("migrations", "src"):
         shutil.copytree(ROOT / name, clone / name)
-    migrated = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "alembic", "upgrade", "head"],
-        cwd=clone,
-        env={**os.environ, "DATABASE_URL": empty_database_url},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert migrated.returncode == 0, migrated.stdout + migrated.stderr
+    for command in (["upgrade", "head"], ["check"]):
+        migrated = await asyncio.to_thread(alembic_process, empty_database_url, *command, clone=clone)
+        assert migrated.returncode == 0, migrated.stdout + migrated.stderr

@@ -1,7 +1,6 @@
 """The embedded PostgreSQL, with the real binaries: what is killed here is really killed."""
 
 import asyncio
-import fcntl
 import os
 import pwd
 import shutil
@@ -17,7 +16,7 @@ import psutil
 import pytest
 
 from devtools import ROOT
-from devtools.postgres import Server, ServerError, default_home, server, temporary_home
+from devtools.postgres import Server, ServerError, _open_lock, _try_lock, default_home, server, temporary_home
 from devtools.waiting import until
 
 POSTGRES = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
@@ -48,12 +47,8 @@ def start_user(home: Path, *command: str, **environment: str) -> subprocess.Pope
 
 def running(home: Path) -> bool:
     """Tell whether a process of this cluster lives: each of them holds the lock, and a zombie holds none."""
-    with (home / "cluster.lock").open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with _open_lock(home) as lock:
+        return not _try_lock(lock)
 
 
 def processes(cluster: Server) -> list[psutil.Process]:

@@ -110,7 +110,7 @@ async def test_a_record_in_a_transaction_that_another_task_ends_is_committed_or_
                 errors.append(error.code)
         return ids
 
-    for number in range(100):
+    for number in range(200):
         async with database.session() as session:
             committed, *ids = await asyncio.gather(
                 begin_and_commit(session, delay * (number % 10) / 10),

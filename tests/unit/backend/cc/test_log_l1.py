@@ -207,11 +207,16 @@ async def test_the_row_does_not_depend_on_the_span(session: AsyncSession, db: as
     assert len(trace_id) == 32
 
 
+def in_remote_trace(flags: int) -> contextlib.AbstractContextManager[trace.Span]:
+    """A trace that began elsewhere, and is recorded there or not."""
+    parent = trace.SpanContext(2**127, 2**63, is_remote=True, trace_flags=trace.TraceFlags(flags))
+    return trace.use_span(trace.NonRecordingSpan(parent))
+
+
 async def test_in_a_trace_that_is_not_recorded_the_row_has_its_id_and_there_is_no_other_span(
     session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter
 ) -> None:
-    parent = trace.SpanContext(trace_id=2**127, span_id=2**63, is_remote=True, trace_flags=trace.TraceFlags(0))
-    with trace.use_span(trace.NonRecordingSpan(parent)):
+    with in_remote_trace(trace.TraceFlags.DEFAULT):
         await log_l1(session, EVENT)
     assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log") == f"{2**127:032x}"
     assert spans.get_finished_spans() == ()
@@ -220,11 +225,10 @@ async def test_in_a_trace_that_is_not_recorded_the_row_has_its_id_and_there_is_n
 async def test_a_trace_that_began_elsewhere_is_recorded_here_too(
     session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter
 ) -> None:
-    parent = trace.SpanContext(trace_id=2**127, span_id=2**63, is_remote=True, trace_flags=trace.TraceFlags(1))
-    with trace.use_span(trace.NonRecordingSpan(parent)):
+    with in_remote_trace(trace.TraceFlags.SAMPLED) as parent:
         await log_l1(session, EVENT)
     (span,) = spans.get_finished_spans()
-    assert span.parent == parent
+    assert span.parent == parent.get_span_context()
     assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log") == f"{2**127:032x}"
 
 
