@@ -178,7 +178,8 @@ def _supervise(cluster: Server, lock: int) -> int:
 
 def _open_lock(home: Path) -> IO[bytes]:
     """Create the home if there is none, and open its lock."""
-    umask = os.umask(0o022)  # root's may be stricter, and `nobody` must pass
+    # Root's umask may be stricter, and then the user `nobody` could not pass the directories that are made here.
+    umask = os.umask(0o022)
     try:
         home.mkdir(0o711, parents=True, exist_ok=True)
         if (found := home.stat()).st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
