@@ -5,9 +5,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import logfire
 from logfire.types import ExceptionCallbackHelper
@@ -22,9 +21,6 @@ from pydantic import ValidationError
 from common.request_id_middleware import request_id_var
 
 logger = logging.getLogger(__name__)
-
-# Ids and names, never content. Logfire scrubs by words, and would replace an event type `session_start`.
-_OWN_ATTRIBUTES: Final = frozenset({"request_id", "layer", "mem0.event_type", "mem0.record_id"})
 
 
 @dataclass
@@ -64,6 +60,7 @@ def configure_logfire(
     otlp: bool = False,
     console: bool = False,
     distributed_tracing: bool = False,
+    unscrubbed: Collection[str] = (),
     span_processors: Sequence[SpanProcessor] = (),
 ) -> None:
     """Start tracing for this process. Where spans have nowhere to go, only trace and span ids are made.
@@ -74,8 +71,8 @@ def configure_logfire(
         environment: The OpenTelemetry `deployment.environment.name`, or None to leave it out.
         otlp: Whether an `OTEL_EXPORTER_OTLP_*ENDPOINT` is set. The SDK reads the variable by itself.
         console: Whether to print spans to standard output too; `LOGFIRE_CONSOLE_*` say how.
-        distributed_tracing: Whether to continue the trace that a caller's `traceparent` names.
-            Only for trusted callers: any other caller could choose the trace that our spans belong to.
+        distributed_tracing: Whether to continue a caller's trace. For trusted callers only: they choose the trace id.
+        unscrubbed: Span attributes with names, never content. Logfire would take a name `session_start` for a secret.
         span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
 
     Raises:
@@ -91,6 +88,7 @@ def configure_logfire(
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
+    kept = {"request_id", "layer", *unscrubbed}
     # How spans are batched unless the operator says otherwise (docs/decisions/0004). With a token each counts twice.
     os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "256" if token else "128")
     os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
@@ -110,7 +108,7 @@ def configure_logfire(
         inspect_arguments=False,
         add_baggage_to_attributes=False,
         distributed_tracing=distributed_tracing,
-        scrubbing=logfire.ScrubbingOptions(lambda match: match.value if match.path[-1] in _OWN_ATTRIBUTES else None),
+        scrubbing=logfire.ScrubbingOptions(lambda match: match.value if match.path[-1] in kept else None),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
         additional_span_processors=[RequestSpanProcessor(log_refusals=console), *span_processors],
     )

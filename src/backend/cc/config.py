@@ -60,11 +60,12 @@ class Settings(BaseSettings):
         return value
 
     def tracing(self) -> dict[str, Any]:
-        """Return what `common.logger_logfire.configure_logfire` is told: where spans go, and which traces continue."""
+        """Return what `common.logger_logfire.configure_logfire` is told: where spans go, and what is cc's on them."""
         return {
             "token": self.logfire_token.get_secret_value() if self.logfire_token else None,
             "environment": self.logfire_environment,
             "otlp": bool(self.otel_exporter_otlp_endpoint or self.otel_exporter_otlp_traces_endpoint),
             "console": self.logfire_console,
             "distributed_tracing": self.cc_distributed_tracing,
+            "unscrubbed": ("mem0.event_type", "mem0.record_id"),
         }

@@ -122,7 +122,8 @@ def test_the_sample_rate_is_the_operators(receiver: Receiver, monkeypatch: pytes
 
 def recorded() -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
-    configure_logfire("cos-cc", span_processors=[SimpleSpanProcessor(exporter)])
+    processors = [SimpleSpanProcessor(exporter)]
+    configure_logfire("cos-cc", unscrubbed=["mem0.event_type"], span_processors=processors)
     return exporter
 
 

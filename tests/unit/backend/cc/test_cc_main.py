@@ -68,6 +68,13 @@ async def test_a_request_is_one_whole_trace(client: httpx.AsyncClient, exporter:
     assert attributes(event)["mem0.event_type"] == "test_log"
 
 
+async def test_an_event_type_that_logfire_would_take_for_a_secret_is_on_its_span(
+    client: httpx.AsyncClient, exporter: InMemorySpanExporter
+) -> None:
+    await client.post("/test-log", json={"event_type": "session_start"})
+    assert attributes(exporter.get_finished_spans()[1])["mem0.event_type"] == "session_start"
+
+
 async def test_no_more_attributes_than_these_are_on_the_spans_of_a_request(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
