@@ -37,11 +37,9 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             async_creator=partial(Connecting, settings, command_timeout=self.seconds),
             hide_parameters=True,
             pool_size=settings.cc_db_pool_size,
-            # No overflow, so that the pool's size is the number of connections that an operator must plan for.
-            max_overflow=0,
+            max_overflow=0,  # the size is the number of connections that an operator must plan for
             pool_timeout=self.seconds,
-            # The connection that was returned last is used first, because it is warm.
-            pool_use_lifo=True,
+            pool_use_lifo=True,  # the connection that was returned last is warm
         )
         event.listen(self._engine.sync_engine, "checkout", _check)
         event.listen(self._engine.sync_engine, "handle_error", _handle_error)
@@ -66,25 +64,24 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
     async def insert(self, statement: str, values: tuple[Any, ...]) -> bool:
         """Insert a row and commit it, on a connection of its own, in one round trip: no BEGIN, no COMMIT.
 
-        It goes to asyncpg directly: through SQLAlchemy it would cost as much CPU time again as the statement.
-
-        Args:
-            statement: An INSERT that may safely run twice, with asyncpg's placeholders.
-            values: Its parameters.
-
-        Returns:
-            False where nothing was inserted, e.g. because the id exists already. Raises one of `DATABASE_ERRORS`.
+        It goes to asyncpg directly: through SQLAlchemy it would cost as much CPU time again as the statement, which has
+        asyncpg's placeholders and must be safe to run twice. Returns False where nothing was inserted, e.g. because the
+        id exists already. Raises one of `DATABASE_ERRORS`; after `seconds` a TimeoutError.
         """
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
         if loop is not self._loop:
             raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
-        async with self._turns:
+        # asyncpg limits the statement. A timer around all of it costs as much as the pool, so only what waits has one.
+        deadline = loop.time() + self.seconds
+        async with asyncio.timeout_at(deadline) if self._turns.locked() else contextlib.nullcontext():
+            await self._turns.acquire()
+        try:
             for attempt in (1, 2):
-                connection = await self._checkout()
+                connection = await self._checkout(deadline)
                 driver: asyncpg.Connection = connection.driver_connection
                 try:
-                    tag = await driver.execute(statement, *values)
+                    tag = await driver.execute(statement, *values, timeout=deadline - loop.time())
                     if driver.is_in_transaction():
                         # Code that used the driver directly has sent a BEGIN just before: nothing is committed.
                         raise asyncpg.InterfaceError("a transaction is open on this connection")
@@ -95,14 +92,16 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
                         driver.terminate()
                     if driver.is_closed():
                         connection.invalidate(error)
-                        if attempt == 1 and isinstance(error, Exception):
+                        if attempt == 1 and isinstance(error, Exception) and not isinstance(error, TimeoutError):
                             continue  # a connection that died, perhaps long ago, is replaced once
                     raise
                 finally:
                     connection.close()
                 # The first attempt may have committed before its connection died: then the row was there already.
                 return attempt > 1 or tag == "INSERT 0 1"
-        raise AssertionError  # pragma: no cover - the second attempt returns or raises
+            raise AssertionError  # pragma: no cover - the second attempt returns or raises
+        finally:
+            self._turns.release()
 
     async def commit(self, session: AsyncSession) -> None:
         """Commit the transaction of `session` within the time limit. Raises DatabaseError."""
@@ -121,12 +120,13 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _checkout(self) -> PoolProxiedConnection:
+    async def _checkout(self, deadline: float) -> PoolProxiedConnection:
         try:
             # An idle connection needs no I/O. Taking it here saves the greenlet switch, which costs the most.
             return self._engine.sync_engine.raw_connection()
         except MissingGreenlet:  # no connection is idle
-            return await self._engine.raw_connection()
+            async with asyncio.timeout_at(deadline):
+                return await self._engine.raw_connection()
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]

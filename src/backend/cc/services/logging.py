@@ -50,7 +50,7 @@ async def log_l1(
         request_id = request_id_var.get() or generate_request_id()
     check_name("request_id", request_id)
     request_id = clean_text(request_id)
-    if not isinstance(record_id, UUID | None):
+    if record_id is not None and not isinstance(record_id, UUID):
         raise ValueError("record_id must be a UUID")
     new_id = record_id or uuid7()
     fields: tuple[Any, ...]
@@ -99,10 +99,10 @@ async def _write(session: AsyncSession, statement: str, values: tuple[Any, ...])
     """Join the session's transaction, or commit alone. Return False where the statement inserted nothing."""
     database = Database.of(session)
     try:
-        async with asyncio.timeout(database.seconds):
-            if session.in_transaction():
-                return await _join(session, statement, values)
+        if not session.in_transaction():
             return await database.insert(statement, values)
+        async with asyncio.timeout(database.seconds):
+            return await _join(session, statement, values)
     except DATABASE_ERRORS as error:
         raise database_error(error) from None  # the original's text repeats the row, and a traceback would print it
 

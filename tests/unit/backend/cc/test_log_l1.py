@@ -740,8 +740,8 @@ async def test_a_record_whose_acknowledgement_was_lost_is_stored_once(
     execute = asyncpg.Connection.execute
     lost: list[str] = []
 
-    async def execute_and_lose(self: asyncpg.Connection, *args: Any) -> str:
-        answer: str = await execute(self, *args)
+    async def execute_and_lose(self: asyncpg.Connection, *args: Any, **options: Any) -> str:
+        answer: str = await execute(self, *args, **options)
         if args[0] == INSERT_EVENT and not lost:
             lost.append(answer)
             self.terminate()
@@ -759,7 +759,7 @@ async def test_a_record_whose_acknowledgement_was_lost_is_stored_once(
 async def test_there_is_one_retry_and_no_more(session: AsyncSession, monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[str] = []
 
-    async def die(self: asyncpg.Connection, *_: object) -> None:
+    async def die(self: asyncpg.Connection, *_: object, **__: object) -> None:
         tries.append("")
         self.terminate()
         raise asyncpg.ConnectionDoesNotExistError
@@ -783,6 +783,26 @@ async def test_a_call_is_bounded_in_time_and_its_connection_replaced(database_ur
                 await log_l1(session, EVENT)
     async with database.session() as session:
         await log_l1(session, EVENT)
+    await database.aclose()
+
+
+async def test_waiting_for_a_turn_and_the_statement_share_one_time_limit(
+    database_url: str, db: asyncpg.Connection
+) -> None:
+    database = Database(Settings(database_url=database_url, cc_db_timeout_seconds=0.6, cc_db_pool_size=1))
+    await log_l1(database.idle, EVENT)
+    async with db.transaction():
+        await db.execute("LOCK TABLE mem0_cc.base_log")
+        first = asyncio.create_task(log_l1(database.idle, EVENT))
+        await asyncio.sleep(0.3)
+        start = time.perf_counter()
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await log_l1(database.idle, EVENT)
+        # The first call had the only connection for half of this time.
+        assert 0.5 < time.perf_counter() - start < 0.8
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await first
+    await log_l1(database.idle, EVENT)
     await database.aclose()
 
 
