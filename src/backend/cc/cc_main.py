@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from opentelemetry.sdk.trace import SpanProcessor
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import Receive, Scope, Send
 
 from backend.cc.config import Settings
@@ -38,7 +39,7 @@ class Service(FastAPI):
         self._outermost = RequestIDMiddleware(super().__call__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"] = {**scope.get("state", {}), "database": self.database}
+        scope["state"] = {**scope.get("state", {}), "database": self.database, "session": self.database.idle}
         await self._outermost(scope, receive, send)
 
 
@@ -50,11 +51,12 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
         Database(settings),
         title="COS Control Center",
         lifespan=lifespan,
-        max_body_size=settings.cc_max_body_bytes,
         telemetry=_TRACING,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
+    # Once. FastAPI's own `max_body_size` is checked by the application, by the router and by the route.
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.cc_max_body_bytes)
     add_exception_handlers(app)
     if settings.cc_debug_routes:
         app.include_router(debug_router.router)

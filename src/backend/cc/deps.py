@@ -62,8 +62,7 @@ async def get_log_l1(connection: HTTPConnection) -> BoundLogL1:
 
     async def bound(record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
         # Looked up at the call, because FastAPI may solve this dependency before the session.
-        session = getattr(connection.state, "session", connection.state.database.idle)
-        return await log_l1(session, record, request_id=request_id, record_id=record_id)
+        return await log_l1(connection.state.session, record, request_id=request_id, record_id=record_id)
 
     return bound
 
