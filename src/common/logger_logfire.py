@@ -7,8 +7,10 @@ import threading
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import logfire
+from logfire.sampling import SamplingOptions, TailSamplingSpanInfo
 from logfire.types import ExceptionCallbackHelper
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -20,6 +22,7 @@ from pydantic import ValidationError
 
 from common.request_id_middleware import request_id_var
 
+LIVE_SECONDS: Final = 1.0  # a trace that takes longer is sent to Logfire before it is over
 logger = logging.getLogger(__name__)
 
 
@@ -35,14 +38,12 @@ class RequestSpanProcessor(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         present = span.attributes or {}
-        added = {}
-        if (request_id := request_id_var.get()) and "request_id" not in present:
-            added["request_id"] = request_id
+        if "request_id" not in present and (request_id := request_id_var.get()):
+            span.set_attribute("request_id", request_id)
         if span.kind is SpanKind.SERVER:
-            added["layer"] = "api"
+            span.set_attribute("layer", "api")
             if "url.query" in present:  # callers leave tokens in query strings
-                added["url.query"] = ""
-        span.set_attributes(added)
+                span.set_attribute("url.query", "")
 
     def on_end(self, span: ReadableSpan) -> None:
         if self.log_refusals and span.kind is SpanKind.SERVER:
@@ -60,6 +61,7 @@ def configure_logfire(
     otlp: bool = False,
     console: bool = False,
     distributed_tracing: bool = False,
+    sample_rate: float = 1.0,
     unscrubbed: Collection[str] = (),
     span_processors: Sequence[SpanProcessor] = (),
 ) -> None:
@@ -72,6 +74,7 @@ def configure_logfire(
         otlp: Whether an `OTEL_EXPORTER_OTLP_*ENDPOINT` is set. The SDK reads the variable by itself.
         console: Whether to print spans to standard output too; `LOGFIRE_CONSOLE_*` say how.
         distributed_tracing: Whether to continue a caller's trace. For trusted callers only: they choose the trace id.
+        sample_rate: The share of traces that are recorded, 0 to 1.
         unscrubbed: Span attributes with names, never content. Logfire would take a name `session_start` for a secret.
         span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
 
@@ -88,9 +91,10 @@ def configure_logfire(
     elif not token:
         logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
 
+    head = sample_rate if recording else ALWAYS_OFF
     kept = {"request_id", "layer", *unscrubbed}
-    # How spans are batched unless the operator says otherwise (docs/decisions/0004). With a token each counts twice.
-    os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "256" if token else "128")
+    # How spans are batched unless the operator says otherwise (docs/decisions/0004).
+    os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "128")
     os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
     # Trace context alone, because nothing here reads baggage. These two loggers would print text of a caller's header.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
@@ -102,7 +106,7 @@ def configure_logfire(
         token=token,
         send_to_logfire=bool(token),  # not "if-token-present": a forgotten `.logfire` folder would count as a token
         console=None if console else False,
-        sampling=None if recording else logfire.SamplingOptions(head=ALWAYS_OFF),
+        sampling=SamplingOptions(head, _is_shown if token and not console else None),
         metrics=False,  # an eighth of a traced request's CPU time
         # Both add attributes that the code did not set: the variables of an f-string, and the caller's baggage.
         inspect_arguments=False,
@@ -115,15 +119,20 @@ def configure_logfire(
 
 
 def shutdown_logfire(timeout: float) -> bool:
-    """Deliver the spans that wait for their batch, and end tracing. Blocks; call it in a thread.
-
-    Returns whether all was handed over within `timeout` seconds. The SDK's own limits fail if the receiver hangs.
-    """
-    # Shutdown exports what is queued. After a flush alone, the SDK's exit handler would try the same receiver again.
+    """Deliver the spans that wait, and end tracing. Return whether that took less than `timeout` seconds. Blocks."""
+    # The SDK's own limits fail if the receiver hangs. After a flush alone, its exit handler would try once more.
     thread = threading.Thread(target=logfire.shutdown, kwargs={"flush": False}, daemon=True)
     thread.start()
     thread.join(timeout)
     return not thread.is_alive()
+
+
+def _is_shown(info: TailSamplingSpanInfo) -> float:
+    # For its live view Logfire processes each span twice. That is for work that takes a while, so a trace waits here
+    # until it has a span of more than a request and its database calls, lasts LIVE_SECONDS, or is over.
+    is_brief = info.span.kind is SpanKind.SERVER or "db.system.name" in (info.span.attributes or {})
+    is_over = info.event == "end" and info.span.parent is None
+    return float(is_over or not is_brief or info.duration > LIVE_SECONDS)
 
 
 def _drop_exception_text(helper: ExceptionCallbackHelper) -> None:

@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     database_url: SecretStr  # postgres://, postgresql:// or postgresql+asyncpg://
     logfire_token: SecretStr | None = None  # Logfire's write token; without it nothing is sent there
     logfire_environment: str | None = None  # name of the deployment, shown in traces
+    logfire_trace_sample_rate: float = Field(default=1.0, ge=0, le=1)  # the share of traces that are recorded
     logfire_console: bool = False  # whether to print spans to standard output too
     otel_exporter_otlp_endpoint: str | None = None  # any OTLP backend; the SDK reads this and other OTEL_* by itself
     otel_exporter_otlp_traces_endpoint: str | None = None  # the same for traces alone: the full address, path included
@@ -67,5 +68,6 @@ class Settings(BaseSettings):
             "otlp": bool(self.otel_exporter_otlp_endpoint or self.otel_exporter_otlp_traces_endpoint),
             "console": self.logfire_console,
             "distributed_tracing": self.cc_distributed_tracing,
+            "sample_rate": self.logfire_trace_sample_rate,
             "unscrubbed": ("mem0.event_type", "mem0.record_id"),
         }

@@ -4,7 +4,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import ModuleType
 
 import logfire
@@ -13,8 +13,10 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from pydantic import BaseModel
 
+from common import logger_logfire
 from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import request_id_var
 from devtools.otlp import ReceivedSpan, Receiver, otlp_receiver
@@ -82,9 +84,9 @@ def test_an_otlp_endpoint_receives_spans_of_the_named_service(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize(("token", "size"), [(None, "128"), (TOKEN, "256")])
+@pytest.mark.parametrize("token", [None, TOKEN])
 def test_spans_are_batched_for_a_service_under_load_unless_the_operator_says_otherwise(
-    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, token: str | None, size: str
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, token: str | None
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("LOGFIRE_BASE_URL", receiver.endpoint)
@@ -97,7 +99,7 @@ def test_spans_are_batched_for_a_service_under_load_unless_the_operator_says_oth
     for name in names:
         monkeypatch.delenv(name)
     configure_logfire("cos-cc", token=token, otlp=True)
-    assert [os.environ[name] for name in names] == [size, "8192"]
+    assert [os.environ[name] for name in names] == ["128", "8192"]
     assert caplog.messages == ([] if token else ["LOGFIRE_TOKEN is not set: nothing is sent to Logfire."])
 
 
@@ -111,10 +113,68 @@ def test_with_a_token_logfire_receives_spans_at_its_base_url(
     assert len(spans_named(receiver, "hello")) == 1
 
 
-def test_the_sample_rate_is_the_operators(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def logfire_endpoint(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Receiver:
+    monkeypatch.setenv("LOGFIRE_BASE_URL", receiver.endpoint)
+    # Each span is sent by itself. Of one batch, Logfire's exporter would drop the span that says that another started.
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    return receiver
+
+
+def sent(receiver: Receiver) -> set[tuple[str, str]]:
+    logfire.force_flush()
+    return {(span.name, span.attributes["logfire.span_type"]) for span in receiver.spans}
+
+
+def in_database() -> AbstractContextManager[trace.Span]:
+    attributes = {"db.system.name": "postgresql"}
+    return trace.get_tracer("test").start_as_current_span("log_l1", kind=SpanKind.CLIENT, attributes=attributes)
+
+
+def in_request() -> AbstractContextManager[trace.Span]:
+    return trace.get_tracer("test").start_as_current_span("POST", kind=SpanKind.SERVER)
+
+
+def test_a_request_that_only_calls_the_database_is_sent_once_when_it_is_over(logfire_endpoint: Receiver) -> None:
+    configure_logfire("cos-cc", token=TOKEN)
+    with in_request():
+        with in_database():
+            pass
+        assert sent(logfire_endpoint) == set()
+    assert sent(logfire_endpoint) == {("POST", "span"), ("log_l1", "span")}
+    with in_database():
+        assert len(logfire_endpoint.spans) == 2
+    sent(logfire_endpoint)
+    assert len(logfire_endpoint.spans) == 3
+
+
+def test_work_of_the_codes_own_is_seen_in_logfire_while_it_runs(logfire_endpoint: Receiver) -> None:
+    configure_logfire("cos-cc", token=TOKEN)
+    with in_request():
+        with in_database():
+            pass
+        with logfire.span("model call"):
+            pending = {("POST", "pending_span"), ("model call", "pending_span")}
+            assert sent(logfire_endpoint) == pending | {("log_l1", "span")}
+
+
+def test_a_request_that_takes_long_is_seen_in_logfire_while_it_runs(
+    logfire_endpoint: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure_logfire("cos-cc", token=TOKEN)
+    with in_request():
+        monkeypatch.setattr(logger_logfire, "LIVE_SECONDS", 0)
+        with in_database():
+            assert sent(logfire_endpoint) == {("POST", "pending_span"), ("log_l1", "pending_span")}
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_the_sample_rate_is_the_operators(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
-    monkeypatch.setenv("LOGFIRE_TRACE_SAMPLE_RATE", "0")
-    configure_logfire("cos-cc", otlp=True)
+    monkeypatch.setenv("LOGFIRE_BASE_URL", receiver.endpoint)
+    configure_logfire("cos-cc", token=token, otlp=True, sample_rate=0)
     with trace.get_tracer("test").start_as_current_span("hello") as span:
         assert span.get_span_context().is_valid
     assert spans_named(receiver, "hello") == []

@@ -48,6 +48,15 @@ def test_a_token_of_spaces_is_no_token(monkeypatch: pytest.MonkeyPatch, token: s
     assert Settings().tracing()["token"] is None
 
 
+def test_the_share_of_traces_is_a_number_of_0_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().tracing()["sample_rate"] == 1
+    monkeypatch.setenv("LOGFIRE_TRACE_SAMPLE_RATE", "0.1")
+    assert Settings().tracing()["sample_rate"] == 0.1
+    monkeypatch.setenv("LOGFIRE_TRACE_SAMPLE_RATE", "10")
+    with pytest.raises(ValidationError, match="logfire_trace_sample_rate"):
+        Settings()
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings(database_url=URL).cc_db_pool_size = 5  # type: ignore[misc]
