@@ -72,11 +72,10 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         self._loop = self._loop or loop
         if loop is not self._loop:
             raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
-        # asyncpg limits the statement. A timer around all of it costs as much as the pool, so only what waits has one.
+        # The deadline needs no timer of its own around it all, which would cost as much as the pool: asyncpg limits the
+        # statement, and whoever has a turn gives it back by an earlier deadline.
         deadline = loop.time() + self.seconds
-        async with asyncio.timeout_at(deadline) if self._turns.locked() else contextlib.nullcontext():
-            await self._turns.acquire()
-        try:
+        async with self._turns:
             for attempt in (1, 2):
                 connection = await self._checkout(deadline)
                 driver: asyncpg.Connection = connection.driver_connection
@@ -99,9 +98,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
                     connection.close()
                 # The first attempt may have committed before its connection died: then the row was there already.
                 return attempt > 1 or tag == "INSERT 0 1"
-            raise AssertionError  # pragma: no cover - the second attempt returns or raises
-        finally:
-            self._turns.release()
+        raise AssertionError  # pragma: no cover - the second attempt returns or raises
 
     async def commit(self, session: AsyncSession) -> None:
         """Commit the transaction of `session` within the time limit. Raises DatabaseError."""

@@ -148,6 +148,14 @@ def test_a_request_that_only_calls_the_database_is_sent_once_when_it_is_over(log
     assert len(logfire_endpoint.spans) == 3
 
 
+def test_the_console_prints_a_span_when_it_starts(
+    logfire_endpoint: Receiver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logfire("cos-cc", token=TOKEN, console=True)
+    with in_request(), in_database():
+        assert "log_l1" in capsys.readouterr().out
+
+
 def test_work_of_the_codes_own_is_seen_in_logfire_while_it_runs(logfire_endpoint: Receiver) -> None:
     configure_logfire("cos-cc", token=TOKEN)
     with in_request():

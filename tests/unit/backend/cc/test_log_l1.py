@@ -806,6 +806,21 @@ async def test_waiting_for_a_turn_and_the_statement_share_one_time_limit(
     await database.aclose()
 
 
+async def test_waiting_for_a_turn_and_for_a_connection_share_one_time_limit(database_url: str) -> None:
+    database = Database(Settings(database_url=database_url, cc_db_timeout_seconds=0.6, cc_db_pool_size=1))
+    async with database.session() as session:
+        await session.execute(text("SELECT 1"))  # has the only connection
+        first = asyncio.create_task(log_l1(database.idle, EVENT))
+        await asyncio.sleep(0.3)
+        start = time.perf_counter()
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await log_l1(database.idle, EVENT)
+        assert 0.5 < time.perf_counter() - start < 0.8
+        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+            await first
+    await database.aclose()
+
+
 async def test_the_span_of_a_cancelled_call_does_not_look_like_a_success(
     database_url: str, db: asyncpg.Connection, spans: InMemorySpanExporter
 ) -> None:
