@@ -178,7 +178,7 @@ def _supervise(cluster: Server, lock: int) -> int:
 
 def _open_lock(home: Path) -> IO[bytes]:
     """Create the home if there is none, and open its lock."""
-    # Root's umask may be stricter, and then the user `nobody` could not pass the directories that are made here.
+    # PostgreSQL, which root starts as the user `nobody`, must pass these directories. Root's umask may forbid that.
     umask = os.umask(0o022)
     try:
         home.mkdir(0o711, parents=True, exist_ok=True)

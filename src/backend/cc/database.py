@@ -73,7 +73,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         if loop is not self._loop:
             raise DatabaseError("a Database belongs to one event loop: make another for this one", "RuntimeError")
         # The deadline needs no timer of its own around it all, which would cost as much as the pool: asyncpg limits the
-        # statement, and whoever has a turn gives it back by an earlier deadline.
+        # statement, and a call of `insert` that has a turn began before this one, so its deadline is earlier.
         deadline = loop.time() + self.seconds
         async with self._turns:
             for attempt in (1, 2):

@@ -42,7 +42,8 @@ class TestLogRequest(BaseModel):
         payload = body.get("payload", {}) if isinstance(body, dict) else None
         if not isinstance(payload, dict):
             return body  # pydantic says what is wrong with it
-        others = {key: body[key] for key in body.keys() - cls.model_fields.keys()}
+        known = cls.model_fields  # a property: each look at it is a call
+        others = {key: value for key, value in body.items() if key not in known}
         if others.keys() & payload.keys():
             raise ValueError("payload must not repeat a key that stands beside it")
         return {**body, "payload": {**payload, **others}} if others else body

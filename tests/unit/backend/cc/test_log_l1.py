@@ -786,6 +786,18 @@ async def test_a_call_is_bounded_in_time_and_its_connection_replaced(database_ur
     await database.aclose()
 
 
+async def assert_two_calls_end_in_time(database: Database) -> None:
+    """Make two calls, the second while the first has the only turn. Neither can succeed; the limit is 0.6 s."""
+    first = asyncio.create_task(log_l1(database.idle, EVENT))
+    await asyncio.sleep(0.3)
+    start = time.perf_counter()
+    with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+        await log_l1(database.idle, EVENT)
+    assert 0.5 < time.perf_counter() - start < 0.8
+    with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
+        await first
+
+
 async def test_waiting_for_a_turn_and_the_statement_share_one_time_limit(
     database_url: str, db: asyncpg.Connection
 ) -> None:
@@ -793,15 +805,7 @@ async def test_waiting_for_a_turn_and_the_statement_share_one_time_limit(
     await log_l1(database.idle, EVENT)
     async with db.transaction():
         await db.execute("LOCK TABLE mem0_cc.base_log")
-        first = asyncio.create_task(log_l1(database.idle, EVENT))
-        await asyncio.sleep(0.3)
-        start = time.perf_counter()
-        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
-            await log_l1(database.idle, EVENT)
-        # The first call had the only connection for half of this time.
-        assert 0.5 < time.perf_counter() - start < 0.8
-        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
-            await first
+        await assert_two_calls_end_in_time(database)
     await log_l1(database.idle, EVENT)
     await database.aclose()
 
@@ -810,14 +814,7 @@ async def test_waiting_for_a_turn_and_for_a_connection_share_one_time_limit(data
     database = Database(Settings(database_url=database_url, cc_db_timeout_seconds=0.6, cc_db_pool_size=1))
     async with database.session() as session:
         await session.execute(text("SELECT 1"))  # has the only connection
-        first = asyncio.create_task(log_l1(database.idle, EVENT))
-        await asyncio.sleep(0.3)
-        start = time.perf_counter()
-        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
-            await log_l1(database.idle, EVENT)
-        assert 0.5 < time.perf_counter() - start < 0.8
-        with pytest.raises(DatabaseUnavailableError, match="TimeoutError"):
-            await first
+        await assert_two_calls_end_in_time(database)
     await database.aclose()
 
 
