@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     otel_exporter_otlp_traces_endpoint: str | None = None  # the same for traces alone: the full address, path included
     otel_sdk_disabled: bool = False  # refused if true, because records would have no trace id
     cc_db_pool_size: int = Field(default=10, ge=1)  # connections at most, in each worker process
+    cc_db_batch_size: int = Field(default=16, ge=1)  # records written in one round trip, at most; 1 turns batches off
     cc_db_timeout_seconds: float = Field(default=5.0, gt=0)  # of a record or a commit, waiting included
     cc_debug_routes: bool = True  # whether POST /test-log exists
     cc_distributed_tracing: bool = False  # whether to continue the trace that a caller's `traceparent` names
