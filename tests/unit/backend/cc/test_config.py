@@ -11,7 +11,33 @@ from backend.cc.services.logging import log_l1
 URL = "postgresql://u:secret@h/d"
 
 
-@pytest.mark.parametrize("parameter", ["client_encoding", "direct_tls", "service", "statement_cache_size", "timezone"])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("postgres://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql://u:p@h:5433/d?sslmode=require", "postgresql://u:p@h:5433/d?sslmode=require"),
+        ("postgresql+asyncpg://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql+psycopg://u:p@h/d", "postgresql://u:p@h/d"),
+        ("postgresql://u:a%40b%2Fc%25d@h/d", "postgresql://u:a%40b%2Fc%25d@h/d"),
+        ("postgresql://u:a/b#c?d%e@h/d", "postgresql://u:a%2Fb%23c%3Fd%25e@h/d"),
+        ("postgresql:///d?host=/run/postgresql", "postgresql:///d?host=%2Frun%2Fpostgresql"),
+        (" postgresql://u:p@h/d\n", "postgresql://u:p@h/d"),
+    ],
+)
+def test_a_database_url_is_read_in_any_form_a_user_writes_it(written: str, read: str) -> None:
+    assert Settings(database_url=written).database_url.get_secret_value() == read
+
+
+@pytest.mark.parametrize("wrong", ["mysql://u:secret@h/d", "u:secret@h", "secret", "postgresql://u:p@x:secret@h/d"])
+def test_what_is_no_postgresql_url_is_refused_without_repeating_it(wrong: str) -> None:
+    with pytest.raises(ValidationError, match="database_url") as raised:
+        Settings(database_url=wrong)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "parameter", ["client_encoding", "direct_tls", "prepared_statement_cache_size", "service", "ssl"]
+)
 def test_a_url_parameter_that_the_service_does_not_know_is_refused_by_name(parameter: str) -> None:
     with pytest.raises(ValidationError, match=f"has unknown parameters: {parameter}. A server's setting is") as raised:
         Settings(database_url=f"{URL}?{parameter}=secret")
@@ -42,8 +68,32 @@ def test_several_hosts_in_front_of_the_path_are_refused_with_the_way_to_write_th
         Settings(database_url="postgresql://u:p@one:5432,two:5432/d")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CC_DB_POOL_SIZE", "0"),
+        ("CC_DB_TIMEOUT_SECONDS", "0"),
+        ("CC_MAX_BODY_BYTES", "-1"),
+        ("CC_DEBUG_ROUTES", "perhaps"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOGFIRE_TOKEN", "secret")
+    with pytest.raises(ValidationError, match=name.lower()) as raised:
+        Settings()
+    assert "secret" not in str(raised.value)
+
+
+def test_no_secret_shows_when_settings_are_printed() -> None:
+    settings = Settings(database_url=URL, logfire_token="secret")
+    assert "secret" not in f"{settings!r} {settings} {settings.model_dump_json()}"
+
+
 @pytest.mark.parametrize("token", ["", " ", "\n"])
-def test_a_token_of_spaces_is_no_token(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_an_empty_variable_and_one_of_spaces_count_as_absent(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("LOGFIRE_TOKEN", token)
     assert Settings().tracing()["token"] is None
 

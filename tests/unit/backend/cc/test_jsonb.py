@@ -1,11 +1,23 @@
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, IntEnum, StrEnum
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
+from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from backend.cc.jsonb import DEPTH_MAX, to_jsonb
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1
 
@@ -31,3 +43,159 @@ async def test_an_integer_of_more_digits_than_python_prints_is_stored_as_hexadec
         "values": {"most": -most, "more": hex(more), "long": hex(long), "in": [{"long": hex(-long)}]},
         "keys": {hex(long): "key"},
     }
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Size(StrEnum):
+    SMALL = "small"
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+class Shout(str, Enum):  # noqa: UP042 - not the same: str() of it is not its value
+    LOUD = "loud"
+
+
+@dataclass
+class Pair:
+    data: bytes
+    n: object
+
+
+class Model(BaseModel):
+    data: bytes
+    n: int = 1
+
+
+class Hostile:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+    __str__ = __repr__
+
+
+class HostileMapping(UserDict[str, Any]):
+    def items(self) -> Any:
+        raise KeyError
+
+
+UNSERIALIZABLE = "[unserializable HostileMapping]"
+
+
+def nested(levels: int) -> dict[str, Any]:
+    payload: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        payload = {"a": payload}
+    return payload
+
+
+@pytest.mark.parametrize(
+    ("payload", "stored"),
+    [
+        ({"a": None, "b": True, "c": 1, "d": 1.5, "e": "é😀", "f": []}, None),
+        ({"a": math.nan, "b": [math.inf, -math.inf]}, {"a": None, "b": [None, None]}),
+        ({"a": 2**63, "b": -(10**4000)}, None),
+        ({"a": 10**4300 - 1, "b": math.nan}, {"a": 10**4300 - 1, "b": None}),
+        ({"a": 10**4300}, {"a": hex(10**4300)}),
+        ({"a": UUID(int=7)}, {"a": str(UUID(int=7))}),
+        ({"a": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}, {"a": "2026-01-02T03:04:05Z"}),
+        ({"a": date(2026, 1, 2), "b": timedelta(hours=1)}, {"a": "2026-01-02", "b": "PT1H"}),
+        ({"a": Decimal("1.10")}, {"a": "1.10"}),
+        ({"a": Colour.RED, "b": Size.SMALL}, {"a": "red", "b": "small"}),
+        ({"a": Level.LOW, "b": math.nan}, {"a": 1, "b": None}),
+        ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
+        ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "_wA="}),
+        ({"a": Pair(b"bytes", Hostile())}, {"a": {"data": "bytes", "n": "<Unserializable Hostile object>"}}),
+        ({"a": Pair(b"\xff", Hostile())}, {"a": {"data": "_w==", "n": "<Unserializable Hostile object>"}}),
+        ({"a": Pair(b"\xff", math.inf)}, {"a": {"data": "_w==", "n": None}}),
+        ({"a": "NUL \0 alone"}, {"a": "NUL \ufffd alone"}),
+        ({"a": [[]] * 70 + [{}] * 70, "b": (1, math.nan)}, {"a": [[]] * 70 + [{}] * 70, "b": [1, None]}),
+        ({"a": Pair(b"\xff", 1)}, {"a": {"data": "_w==", "n": 1}}),
+        ({"a": Model(data=b"\xff")}, {"a": {"data": "_w==", "n": 1}}),
+        ({"a": Shout.LOUD, Shout.LOUD: math.nan}, {"a": "loud", "loud": None}),
+        ({"a": MappingProxyType({"b": 1})}, {"a": {"b": 1}}),
+        ({"a": Hostile()}, {"a": "<Unserializable Hostile object>"}),
+        ({"a": HostileMapping(), "b": [1, HostileMapping()]}, {"a": UNSERIALIZABLE, "b": [1, UNSERIALIZABLE]}),
+        ({"a": ValueError("x")}, {"a": "x"}),
+        ({"\0": 1, "\ufffd": 2, "\ud800": 3}, {"\ufffd": 1, "\ufffd\ufffd1": 2, "\ufffd\ufffd2": 3}),  # noqa: F601 - they are three
+        (
+            {1: "a", "1": "b", "c": {None: 1, "null": 2}},
+            {"1": "a", "1\ufffd1": "b", "c": {"null": 1, "null\ufffd1": 2}},
+        ),
+        ({"a": "\\u0000 is text", "b": "["}, {"a": "\\u0000 is text", "b": "["}),
+        ({"a": "[" * 1000}, None),
+        (nested(DEPTH_MAX), None),
+        ({"a": json.loads("[" * 200 + "]" * 200)}, {"a": json.loads("[" * 127 + '"[nested too deeply]"' + "]" * 127)}),
+        ({"1" * 10_000: "x" * 100_000}, None),
+    ],
+)
+async def test_a_payload_is_stored_whatever_is_in_it(
+    session: AsyncSession, db: asyncpg.Connection, payload: Mapping[str, Any], stored: Any
+) -> None:
+    await log_l1(session, EventRecord("e", payload))
+    found = json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log"))
+    assert found == (payload if stored is None else stored)
+
+
+@pytest.mark.parametrize("levels", [DEPTH_MAX + 1, 100_000])
+async def test_what_is_nested_too_deeply_is_cut_off_where_it_is(
+    session: AsyncSession, db: asyncpg.Connection, levels: int
+) -> None:
+    await log_l1(session, EventRecord("e", nested(levels)))
+    found = json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log"))
+    depth = 0
+    while isinstance(found, dict):
+        (found,) = found.values()
+        depth += 1
+    assert (depth, found) == (DEPTH_MAX, "[nested too deeply]")
+
+
+async def test_what_contains_itself_is_cut_off_where_it_begins_again(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    shared = {"n": 1}
+    tree: dict[str, Any] = {"before": [shared, shared]}
+    tree["children"] = [{"parent": tree}, {"parent": tree}]
+    await log_l1(session, EventRecord("e", tree))
+    assert json.loads(await db.fetchval("SELECT payload FROM mem0_cc.event_log")) == {
+        "before": [{"n": 1}, {"n": 1}],
+        "children": [{"parent": "[repeated]"}, {"parent": "[repeated]"}],
+    }
+
+
+def test_a_cyclic_graph_is_written_once_per_node() -> None:
+    nodes: list[dict[str, Any]] = [{"n": n, UUID(int=n): math.nan} for n in range(100)]  # type: ignore[dict-item]
+    for node in nodes:
+        node["links"] = nodes
+    text = to_jsonb(nodes[0])
+    assert all(text.count(f'"n":{n},') + text.count(f'"n":{n}}}') == 1 for n in range(100))
+
+
+@pytest.mark.parametrize("more", [{}, {"slow": math.nan}], ids=["as it is", "cleaned"])
+def test_keys_that_are_no_text_are_stored_as_json_writes_them(more: dict[str, Any]) -> None:
+    payload: dict[Any, Any] = {2: "a", None: "b", True: "c", 1.5: "d", **more}
+    assert json.loads(to_jsonb(payload)).items() >= {"2": "a", "null": "b", "true": "c", "1.5": "d"}.items()
+
+
+def test_containers_that_fail_to_be_read_are_named() -> None:
+    class FailingDict(dict[str, int]):
+        def items(self) -> Any:
+            raise RuntimeError
+
+    class FailingList(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise RuntimeError
+
+    written = json.loads(to_jsonb({"a": FailingDict(b=1), "b": FailingList([1]), "kept": 1}))
+    assert written["kept"] == 1
+    assert "unserializable" in written["a"]
+    assert "unserializable" in written["b"]
+
+
+def test_keys_that_json_has_no_words_for_are_stored_as_their_text() -> None:
+    assert json.loads(to_jsonb({(1, 2): "a", UUID(int=7): "b"})) == {"[1,2]": "a", str(UUID(int=7)): "b"}  # type: ignore[dict-item]
