@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from backend.cc.config import Settings
-from backend.cc.database import Connecting
+from backend.cc.database import connect
 from backend.cc.errors import database_error
 from backend.cc.mem0_models import SCHEMA, Base
 
@@ -77,9 +77,10 @@ def configure(**options: object) -> None:
 async def migrate_online() -> None:
     """Connect and migrate. An error that an operator can mend is one line, not a traceback."""
     try:
-        creator = partial(Connecting, Settings())
+        settings = Settings()
     except ValidationError as error:
         raise CommandError(str(error)) from None
+    creator = partial(connect, settings, settings.cc_db_timeout_seconds)
     engine = create_async_engine("postgresql+asyncpg://", async_creator=creator, poolclass=NullPool)
     try:
         async with engine.connect() as connection:

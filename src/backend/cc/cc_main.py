@@ -10,7 +10,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 from opentelemetry.sdk.trace import SpanProcessor
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import Lifespan, Receive, Scope, Send
 
 from backend.cc.config import Settings
 from backend.cc.database import Database
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Service(FastAPI):
     """A FastAPI application inside `RequestIDMiddleware`, tracing and error handling included (docs/decisions/0003).
 
-    `DBSession` and `LogL1` write to its `database`, in mounted applications too.
+    `DBSession` and `LogL1` find its `database` in `request.state`, which applications that are mounted on it share.
     """
 
     def __init__(self, database: Database, **options: Any) -> None:
@@ -39,18 +39,27 @@ class Service(FastAPI):
         self._outermost = RequestIDMiddleware(super().__call__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"] = {**scope.get("state", {}), "database": self.database, "session": self.database.idle}
+        if scope["type"] != "lifespan":  # whose state is the server's own
+            scope["state"] = {**scope.get("state", {}), "database": self.database}
         await self._outermost(scope, receive, send)
 
 
-def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] = ()) -> Service:
-    """Return the service with these settings; `span_processors` are more of OpenTelemetry's, e.g. a test's exporter."""
+def create_app(
+    settings: Settings, *, lifespan: Lifespan[Any] | None = None, span_processors: Sequence[SpanProcessor] = ()
+) -> Service:
+    """Return the service.
+
+    Args:
+        settings: Its configuration.
+        lifespan: FastAPI's, for what starts and ends with your own code. It runs inside the service's.
+        span_processors: More of OpenTelemetry's, e.g. a test's exporter.
+    """
     configure_logging("backend", "common")
     configure_logfire("cos-cc", span_processors=span_processors, **settings.tracing())
     app = Service(
         Database(settings),
         title="COS Control Center",
-        lifespan=lifespan,
+        lifespan=_around(lifespan),
         telemetry=_TRACING,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -63,17 +72,24 @@ def create_app(settings: Settings, *, span_processors: Sequence[SpanProcessor] =
     return app
 
 
-@contextlib.asynccontextmanager
-async def lifespan(app: Service) -> AsyncIterator[None]:
-    """Start and end with the process. It connects to nothing: the service starts without its database."""
-    # Objects made at start-up live as long as the process. `gc.freeze` keeps the collector from walking them again
-    # under load, a pause of tens of milliseconds.
-    gc.collect()
-    gc.freeze()
-    yield
-    await app.database.aclose()
-    if not await asyncio.to_thread(shutdown_logfire, SHUTDOWN_SECONDS):
-        logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
+def _around(inner: Lifespan[Any] | None) -> Lifespan[Service]:
+    """Return the service's lifespan around another one. It connects to nothing: it starts without its database."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Service) -> AsyncIterator[Any]:
+        # Objects made at start-up live as long as the process. `gc.freeze` keeps the collector from walking them again
+        # under load, a pause of tens of milliseconds.
+        gc.collect()
+        gc.freeze()
+        try:
+            async with inner(app) if inner else contextlib.nullcontext() as state:
+                yield state
+        finally:
+            await app.database.aclose()
+            if not await asyncio.to_thread(shutdown_logfire, SHUTDOWN_SECONDS):
+                logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
+
+    return lifespan
 
 
 app = create_app(Settings())

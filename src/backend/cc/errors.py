@@ -1,5 +1,6 @@
 """What a database error means: two exceptions, and the SQLSTATEs that lead to each."""
 
+import re
 from typing import Final
 from uuid import UUID
 
@@ -10,15 +11,15 @@ from sqlalchemy.exc import SQLAlchemyError
 # What a database call raises, through SQLAlchemy or directly from asyncpg and the network.
 _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DATABASE_ERRORS: Final = (SQLAlchemyError, exc.EmulatedDBAPIException, *_DRIVER_ERRORS, OSError)
-# SQLSTATEs that show that asyncpg's state of a connection is wrong, so the connection is replaced: a transaction has
-# ended, a prepared statement is gone, or another client of the pooler has prepared it.
-STALE_CONNECTION: Final = frozenset({"25P01", "26000", "42P05"})
+# SQLSTATEs after which an open connection is replaced. Its server has become read-only; or asyncpg's state of it is wrong:
+# a transaction has ended, a prepared statement is gone, or another client of the pooler has prepared it.
+STALE_CONNECTION: Final = frozenset({"25006", "25P01", "26000", "42P05"})
 
 # Classes of SQLSTATE, and SQLSTATEs (PostgreSQL manual, appendix A), that describe the server's condition and not the
 # statement: no connection, login refused, no such database, rolled back because of another transaction, out of disk or
 # connections, shutting down, internal error; read-only, idle or busy for too long, in use, locked, failing hardware.
 _UNAVAILABLE: Final = STALE_CONNECTION.union(
-    ["08", "28", "3D", "40", "53", "57", "XX"], ["25006", "25P03", "25P04", "55006", "55P03", "58000", "58030"]
+    ["08", "28", "3D", "40", "53", "57", "XX"], ["25P03", "25P04", "55006", "55P03", "58000", "58030"]
 )
 
 # Causes that an operator or the caller can mend.
@@ -26,7 +27,7 @@ _HINTS: Final = {
     "08001": ": nothing answers where DATABASE_URL points, or a parameter in it is wrong",
     "08004": ": the server refuses such a connection; does it offer the TLS that sslmode asks for?",
     "25P02": ": an earlier statement of the transaction has failed",
-    **dict.fromkeys(["26000", "42P05"], ": is there a pooler without prepared statements? See docs/scaling.md"),
+    **dict.fromkeys(["26000", "42P05"], ": is there a pooler without prepared statements? See docs/operations.md"),
     **dict.fromkeys(["28000", "28P01"], ": the user or the password of DATABASE_URL is refused"),
     "3D000": ": there is no such database",
     "42501": ": the role lacks a privilege, see docs/roles.sql",
@@ -41,15 +42,18 @@ class DatabaseError(Exception):
 
     Attributes:
         code: The SQLSTATE, or the class of the original error.
-        record_id: The id of the record that `log_l1` tried to write; None where the error is not from `log_l1`.
-        committed: Ids of records committed before in the same request, where the endpoint has put them here.
+        record_id: The id of the record that `log_l1` tried to write; None if the error is not from `log_l1`.
     """
 
     def __init__(self, message: str = "", code: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.record_id: UUID | None = None
-        self.committed: tuple[UUID, ...] = ()
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The SQLSTATE, if PostgreSQL or its driver gave one."""
+        return self.code if re.fullmatch("[0-9A-Z]{5}", self.code) else None
 
 
 class DatabaseUnavailableError(DatabaseError):

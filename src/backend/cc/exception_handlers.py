@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 from fastapi.websockets import WebSocketState
 from opentelemetry import trace
 from pydantic import BaseModel, Field
+from sqlalchemy.exc import SQLAlchemyError
 
-from backend.cc.errors import DatabaseUnavailableError
+from backend.cc.errors import DatabaseUnavailableError, database_error
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,13 @@ class Unavailable(Failure):
     """The database can't be used now."""
 
     record_id: Annotated[UUID | None, Field(description="The record whose outcome is unknown, if there is one.")]
-    committed: Annotated[tuple[UUID, ...], Field(description="The records of this request that are committed.")]
 
 
 def add_exception_handlers(app: FastAPI) -> None:
     """Register the handlers on `app`."""
     app.add_exception_handler(RequestValidationError, invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(DatabaseUnavailableError, database_unavailable)  # type: ignore[arg-type]
+    app.add_exception_handler(SQLAlchemyError, failed_query)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, internal_error)
 
 
@@ -56,6 +57,14 @@ async def internal_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "Internal Server Error", "request_id": request.state.request_id}, status_code=500)
 
 
+async def failed_query(connection: HTTPConnection, error: SQLAlchemyError) -> JSONResponse | None:
+    """Answer 503 if an endpoint's own query failed because the database can't be used now; otherwise 500."""
+    meaning = database_error(error)
+    if not isinstance(meaning, DatabaseUnavailableError):
+        raise error
+    return await database_unavailable(connection, meaning)
+
+
 async def database_unavailable(connection: HTTPConnection, error: DatabaseUnavailableError) -> JSONResponse | None:
     """Answer 503: the request is not to blame, and a retry may help. Close a WebSocket that is open."""
     path = getattr(connection.scope.get("route"), "path", "")
@@ -64,6 +73,7 @@ async def database_unavailable(connection: HTTPConnection, error: DatabaseUnavai
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it is closed already
             await connection.close(status.WS_1013_TRY_AGAIN_LATER)
         return None
-    ids = {"request_id": connection.state.request_id, "record_id": error.record_id, "committed": error.committed}
-    answer = Unavailable(detail="The database is unavailable.", **ids)
+    answer = Unavailable(
+        detail="The database is unavailable.", request_id=connection.state.request_id, record_id=error.record_id
+    )
     return JSONResponse(answer.model_dump(mode="json"), status_code=503, headers={"Retry-After": "5"})

@@ -1,33 +1,25 @@
 """`POST /test-log`: one prompt and one event through `log_l1`, to see that everything works."""
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Request
 from opentelemetry import trace
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backend.cc.deps import LogL1
-from backend.cc.errors import DatabaseUnavailableError
 from backend.cc.exception_handlers import Failure, Refusal, Unavailable
-from backend.cc.jsonb import clean_text
 from backend.cc.mem0_models import NAME_LENGTH
 from backend.cc.records import TOKENS_MAX, EventRecord, PromptRecord
 
-
-def _lenient(value: Any) -> Any:
-    # pydantic refuses lone surrogates, which `log_l1` replaces, and 12.0, which is an integer to JSON Schema.
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return clean_text(value) if isinstance(value, str) else value
-
-
-Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH), BeforeValidator(_lenient)]
-Tokens = Annotated[int, Field(strict=True, ge=0, le=TOKENS_MAX), BeforeValidator(_lenient)]
+Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH)]
+Tokens = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 
 
 class TestLogRequest(BaseModel):
     """Any JSON object. Every key is optional; keys not named here become keys of the event's payload."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Annotated[Name, Field(description="The speaker.", examples=["assistant"])] = "user"
     content: Annotated[str, Field(description="The prompt's text.", examples=["Paris is in France."])] = ""
@@ -36,17 +28,11 @@ class TestLogRequest(BaseModel):
     event_type: Annotated[Name, Field(description="The kind of event.", examples=["model.answered"])] = "test_log"
     payload: Annotated[dict[str, Any], Field(description="The event's data.", examples=[{"model": "small"}])] = {}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _other_keys_to_payload(cls, body: Any) -> Any:
-        payload = body.get("payload", {}) if isinstance(body, dict) else None
-        if not isinstance(payload, dict):
-            return body  # pydantic says what is wrong with it
-        known = cls.model_fields  # a property: each look at it is a call
-        others = {key: value for key, value in body.items() if key not in known}
-        if others.keys() & payload.keys():
+    @model_validator(mode="after")
+    def _no_key_twice(self) -> Self:
+        if self.payload.keys() & (self.model_extra or {}).keys():
             raise ValueError("payload must not repeat a key that stands beside it")
-        return {**body, "payload": {**payload, **others}} if others else body
+        return self
 
 
 class TestLogResponse(BaseModel):
@@ -78,11 +64,7 @@ async def test_log(body: TestLogRequest, request: Request, log_l1: LogL1) -> Tes
     Both are committed when the answer arrives. Where others can reach the service, set `CC_DEBUG_ROUTES=false`.
     """
     prompt_id = await log_l1(PromptRecord(body.role, body.content, body.tokens_in, body.tokens_out))
-    try:
-        event_id = await log_l1(EventRecord(body.event_type, body.payload))
-    except DatabaseUnavailableError as error:
-        error.committed = (prompt_id,)
-        raise
+    event_id = await log_l1(EventRecord(body.event_type, body.payload | (body.model_extra or {})))
     trace_id = trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
     return TestLogResponse(
         request_id=request.state.request_id, trace_id=trace_id, prompt_trace_id=prompt_id, event_log_id=event_id

@@ -1,8 +1,9 @@
 """`log_l1`: write what happened into L1 memory, durable before it returns."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 from opentelemetry import trace
@@ -13,7 +14,9 @@ from uuid_utils.compat import uuid7
 from backend.cc.database import Database
 from backend.cc.errors import DATABASE_ERRORS, DatabaseError, DatabaseUnavailableError, database_error
 from backend.cc.jsonb import clean_text, to_jsonb
+from backend.cc.mem0_models import BaseLog
 from backend.cc.records import EventRecord, PromptRecord, Record, check_name
+from backend.cc.writer import BARRIER
 from common.request_id_middleware import generate_request_id, request_id_var
 
 __all__ = ["DatabaseError", "DatabaseUnavailableError", "EventRecord", "PromptRecord", "log_l1"]
@@ -28,11 +31,12 @@ async def log_l1(
 ) -> UUID:
     """Write one record to L1 memory: a base row and its prompt or event, in one statement.
 
-    The record is committed when this returns. In a session that is inside a transaction it joins the transaction
-    instead, and commits or rolls back with it. The call is one span, on which the row never depends.
+    In a session that is inside a transaction the record joins it, and commits or rolls back with it. Otherwise the
+    record is committed when this returns: a session of `Database` leaves it to the writer, which is fastest, and any
+    other session begins and commits a transaction. The call is one span, on which the row never depends.
 
     Args:
-        session: One of `Database.session`. Concurrent tasks must not share one that is in a transaction.
+        session: Any session on PostgreSQL through asyncpg. Tasks must not share one that is in a transaction.
         record: What happened.
         request_id: The record's request, 1 to 255 characters. By default the current one; outside any, a new id.
         record_id: The record's id; by default a new UUIDv7. To retry after a `DatabaseUnavailableError`, pass the
@@ -44,8 +48,31 @@ async def log_l1(
     Raises:
         DatabaseUnavailableError: The database can't be written to now. The record may be stored all the same.
         DatabaseError: PostgreSQL refused, e.g. because no migration has been run.
-        ValueError: `request_id` or `record_id` is not valid, or no `Database` made the session.
+        ValueError: `record`, `request_id` or `record_id` is not valid, or the session's driver is another.
     """
+    return await _log(session, record, request_id, record_id, joins=session.in_transaction())
+
+
+class BoundLogL1(Protocol):
+    """`log_l1` with its session given."""
+
+    async def __call__(
+        self, record: Record, *, request_id: str | None = None, record_id: UUID | None = None
+    ) -> UUID: ...
+
+
+def bind_log_l1(session: AsyncSession) -> BoundLogL1:
+    """Return `log_l1` for a session, but never in a transaction of it if the session is one of `Database`."""
+
+    async def bound(record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
+        return await _log(session, record, request_id, record_id, joins=False)
+
+    return bound
+
+
+async def _log(
+    session: AsyncSession, record: Record, request_id: str | None, record_id: UUID | None, *, joins: bool
+) -> UUID:
     if request_id is None:
         request_id = request_id_var.get() or generate_request_id()
     check_name("request_id", request_id)
@@ -55,24 +82,33 @@ async def log_l1(
     new_id = record_id or uuid7()
     fields: tuple[Any, ...]
     if isinstance(record, PromptRecord):
-        statement, constants, event_type = INSERT_PROMPT, _PROMPT, "prompt_trace"
+        table, statement, event_type = "prompt_trace", INSERT_PROMPT, "prompt_trace"
         fields = (clean_text(record.role), clean_text(record.content), record.tokens_in, record.tokens_out)
-    else:
-        statement, constants, event_type = INSERT_EVENT, _EVENT, clean_text(record.event_type)
+    elif isinstance(record, EventRecord):
+        table, statement, event_type = "event_log", INSERT_EVENT, clean_text(record.event_type)
         fields = (event_type, to_jsonb(record.payload))
+    else:
+        raise ValueError("record must be a PromptRecord or an EventRecord")
 
-    span = _start_span(constants, request_id, event_type, new_id)
+    span = _start_span(table, request_id, event_type, new_id)
     token = attach(trace.set_span_in_context(span))
     try:
         trace_id = trace.format_trace_id(span.get_span_context().trace_id)
         values = (new_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
-        if not await _write(session, statement, values) and record_id is None:
+        database = session.info.get("database")
+        if isinstance(database, Database) and session.bind is database.engine and not joins:
+            is_stored = await database.writer.write(statement, values, known=record_id is not None)
+        else:
+            is_stored = await _through(session, statement, values, known=record_id is not None)
+        if not is_stored:
             raise DatabaseError("a trigger or a rule has suppressed the record", "suppressed")
     except BaseException as error:
-        if isinstance(error, DatabaseError):
-            error.record_id = new_id
         # The class or the SQLSTATE, and no text: an error's text is content.
         span.set_attribute("error.type", getattr(error, "code", "") or type(error).__name__)
+        if isinstance(error, DatabaseError):
+            error.record_id = new_id
+            if error.sqlstate:
+                span.set_attribute("db.response.status_code", error.sqlstate)
         span.set_status(trace.StatusCode.ERROR)
         raise
     finally:
@@ -81,58 +117,76 @@ async def log_l1(
     return new_id
 
 
-def _start_span(constants: dict[str, str], request_id: str, event_type: str, record_id: UUID) -> trace.Span:
+def _start_span(table: str, request_id: str, event_type: str, record_id: UUID) -> trace.Span:
     parent = trace.get_current_span().get_span_context()
     if parent.is_valid and not parent.trace_flags.sampled:
-        # The trace is not recorded. A child would not be either, and making it costs as much as a checkout.
+        # The trace is not recorded. A child would not be either, and making it costs as much as all else here.
         return trace.NonRecordingSpan(parent)
-    attributes = constants | {
+    attributes = _ATTRIBUTES[table] | {
         "request_id": request_id,
         "mem0.event_type": event_type,
         "mem0.record_id": str(record_id),
         "logfire.msg": f"log_l1 {event_type}",
     }
-    return tracer.start_span("log_l1", kind=trace.SpanKind.CLIENT, attributes=attributes)
+    return tracer.start_span(f"log_l1 {table}", kind=trace.SpanKind.CLIENT, attributes=attributes)
 
 
-async def _write(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> bool:
-    """Join the session's transaction, or commit alone. Return False where the statement inserted nothing."""
-    database = Database.of(session)
+async def _through(session: AsyncSession, statement: str, values: Sequence[Any], *, known: bool) -> bool:
+    """Write through the session itself: join its transaction, or begin and commit one."""
+    if (driver := session.get_bind(BaseLog).dialect.driver) != "asyncpg":
+        raise ValueError(f"log_l1 needs a session on PostgreSQL through asyncpg, not {driver}")
     try:
-        if not session.in_transaction():
-            return await database.insert(statement, values)
-        async with asyncio.timeout(database.seconds):
-            return await _join(session, statement, values)
+        async with asyncio.timeout(getattr(session.info.get("database"), "seconds", None)):
+            if session.in_transaction():
+                return await _execute(session, statement, values, known=known)
+            async with session.begin():
+                return await _execute(session, statement, values, known=known)
     except DATABASE_ERRORS as error:
-        raise database_error(error) from None  # the original's text repeats the row, and a traceback would print it
+        failure = database_error(error)
+    # Outside of the `except`: the original's text repeats the row, and as `__context__` it would still be printed.
+    raise failure
 
 
-async def _join(session: AsyncSession, statement: str, values: tuple[Any, ...]) -> bool:
+async def _execute(session: AsyncSession, statement: str, values: Sequence[Any], *, known: bool) -> bool:
     transaction = session.sync_session.get_transaction()
-    result = await (await session.connection()).exec_driver_sql(statement, values)
+    connection = await session.connection(bind_arguments={"mapper": BaseLog})
+    is_stored = (await connection.exec_driver_sql(statement, tuple(values))).first() is not None
+    if known and not is_stored:
+        await connection.exec_driver_sql(BARRIER)
     if session.sync_session.get_transaction() is not transaction:
         # A concurrent task has ended the transaction. SQLAlchemy then began another one, which nothing commits.
         raise DatabaseError("the session's transaction has ended meanwhile: tasks must not share a session", "shared")
-    return result.rowcount == 1
+    return is_stored or known
 
 
-# Each statement writes a whole record, atomic by itself, in one round trip. ON CONFLICT makes it safe to repeat. The id
-# is in every part and nothing is selected from `base`, so that a distributed PostgreSQL sends it to one shard.
+# Each statement writes a whole record, atomic by itself. ON CONFLICT makes it safe to repeat. The id is in every part,
+# and nothing is selected from `base`, so that a distributed PostgreSQL sends it to one shard. RETURNING $1 tells whether
+# the row was inserted, and names no column, so that a role which may only INSERT may run it.
 INSERT_PROMPT: Final = """\
 WITH base AS (
     INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 )
 INSERT INTO mem0_cc.prompt_trace (base_log_id, role, content, tokens_in, tokens_out)
-VALUES ($1, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
+VALUES ($1, $6, $7, $8, $9) ON CONFLICT DO NOTHING
+RETURNING $1"""
 INSERT_EVENT: Final = """\
 WITH base AS (
     INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 )
-INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload) VALUES ($1, $6, $7) ON CONFLICT DO NOTHING"""
+INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload) VALUES ($1, $6, $7) ON CONFLICT DO NOTHING
+RETURNING $1"""
 
 # OpenTelemetry's stable attributes of a database call.
-_ATTRIBUTES: Final = {"layer": "service", "db.system.name": "postgresql", "db.operation.name": "INSERT"}
-_PROMPT: Final = _ATTRIBUTES | {"db.collection.name": "mem0_cc.prompt_trace", "db.query.text": INSERT_PROMPT}
-_EVENT: Final = _ATTRIBUTES | {"db.collection.name": "mem0_cc.event_log", "db.query.text": INSERT_EVENT}
+_ATTRIBUTES: Final = {
+    table: {
+        "layer": "service",
+        "db.system.name": "postgresql",
+        "db.operation.name": "INSERT",
+        "db.collection.name": f"mem0_cc.{table}",
+        "db.query.summary": f"INSERT mem0_cc.base_log INSERT mem0_cc.{table}",
+        "db.query.text": statement,
+    }
+    for table, statement in (("prompt_trace", INSERT_PROMPT), ("event_log", INSERT_EVENT))
+}
