@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -30,6 +31,7 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     - Keys that become equal, as 1 and "1" do, get a number.
     - NaN and infinities become null. An integer that Python can't print (4,300 digits) becomes hexadecimal text.
     - A value that JSON can't express (UUID, datetime, Decimal, ...) becomes its usual text.
+    - NumPy's arrays and scalars, and whatever else has `tolist()`, become the numbers that they hold.
     - Bytes that are not UTF-8 become base64 (RFC 4648, section 5).
     - A container below 128 levels of nesting becomes "[nested too deeply]".
     - A container inside itself becomes "[repeated]".
@@ -84,9 +86,19 @@ def _clean_mapping(value: Mapping[Any, Any], inner: tuple[Any, ...]) -> dict[str
 
 
 def _usual_form(value: Any) -> Any:
+    jsonable = partial(to_jsonable_python, value, fallback=_unknown_form, inf_nan_mode="constants")
     try:
-        return to_jsonable_python(value, serialize_unknown=True, bytes_mode="utf8", inf_nan_mode="constants")
+        return jsonable(bytes_mode="utf8")
     except ValueError:  # bytes that are not UTF-8; or a cycle, which raises again below
         if isinstance(value, BaseModel):  # its bytes follow a setting of the model
             return value.model_dump()
-        return to_jsonable_python(value, serialize_unknown=True, bytes_mode="base64", inf_nan_mode="constants")
+        return jsonable(bytes_mode="base64")
+
+
+def _unknown_form(value: Any) -> Any:
+    """Return a list, a number or text for an object of a class that pydantic doesn't know."""
+    with contextlib.suppress(Exception):
+        if hasattr(type(value), "tolist"):  # not of the object: a mock has every attribute
+            return value.tolist()
+        return str(value)
+    return f"[unserializable {type(value).__qualname__}]"
