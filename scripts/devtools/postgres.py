@@ -2,7 +2,7 @@
 
 The process that uses it holds the write end of a pipe to a supervisor, which is this module in another process. The
 kernel closes the pipe when that process ends, even if killed, and the supervisor then stops PostgreSQL, its child
-(docs/decisions/0009). `python -m devtools.postgres run -- COMMAND` runs a command with DATABASE_URL set.
+(docs/decisions/0009). `python -m devtools.postgres COMMAND` runs a command with DATABASE_URL set.
 """
 
 import contextlib
@@ -26,10 +26,6 @@ from devtools import ROOT
 from devtools.waiting import until
 
 _START_SECONDS = 60.0  # for `initdb` on a slow disk, or for the recovery after a crash
-
-
-class ServerError(RuntimeError):
-    """PostgreSQL cannot be started; the message says why."""
 
 
 class Server:
@@ -65,22 +61,21 @@ class Server:
         """Start PostgreSQL, with new data if the home has none, and wait until it accepts connections.
 
         Raises:
-            ServerError: It did not start, or another process uses the home.
-            TimeoutError: It did not start in time; `stop` ends the attempt.
+            OSError: It did not start, or not in time, or another process uses the home; the message says which.
         """
         self.stop()
         with _open_lock(self.home) as lock:
             # The last user may have just ended, and PostgreSQL may still be writing its last checkpoint.
             until(lambda: _try_lock(lock) or self.answers(), _START_SECONDS, f"the last use of {self.home} ends")
             if not _try_lock(lock):
-                raise ServerError(f"a process uses the PostgreSQL in {self.home}: stop it, or set CC_POSTGRES_HOME")
+                raise OSError(f"a process uses the PostgreSQL in {self.home}: stop it, or set CC_POSTGRES_HOME")
             if not (self.home / "data").exists():
                 sys.stderr.write(f"Creating a PostgreSQL database in {self.home} (the first time only) ...\n")
             path = self.home / "postgres.log"
             path.touch(0o600)
             with path.open("wb") as log:
                 self.process = process = subprocess.Popen(
-                    [sys.executable, "-m", "devtools.postgres", "supervise", self.home, str(lock.fileno())],
+                    [sys.executable, "-m", "devtools.postgres", "--supervise", self.home, str(lock.fileno())],
                     cwd="/",
                     env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), *sys.path])},
                     pass_fds=(lock.fileno(),),
@@ -93,7 +88,7 @@ class Server:
         if process.returncode is not None:
             self.stop()
             reason = "\n".join(path.read_text(errors="replace").splitlines()[-20:])
-            raise ServerError(f"PostgreSQL, as {_owner().pw_name}, did not start in {self.home}:\n{reason}")
+            raise OSError(f"PostgreSQL, as {_owner().pw_name}, did not start in {self.home}:\n{reason}")
 
     def stop(self) -> None:
         """Stop the PostgreSQL that this object started, and wait for its end."""
@@ -104,11 +99,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(home: Path | None = None) -> Iterator[str]:
-    """Run the PostgreSQL of `home`, or of `default_home()`, for the time of a `with` block; see `Server.start`.
-
-    Yields:
-        The value for `DATABASE_URL`.
-    """
+    """Run the PostgreSQL of a home, `default_home()` if None, and yield the value for `DATABASE_URL`."""
     cluster = Server(home or default_home())
     try:
         cluster.start()
@@ -186,7 +177,7 @@ def _open_lock(home: Path) -> IO[bytes]:
             raise PermissionError(f"another user owns {home}, or can write in it")
         return (home / "cluster.lock").open("ab")
     except OSError as error:
-        raise ServerError(f"{error}: set CC_POSTGRES_HOME to a directory for the embedded PostgreSQL") from None
+        raise OSError(f"{error}: set CC_POSTGRES_HOME to a directory for the embedded PostgreSQL") from None
     finally:
         os.umask(umask)
 
@@ -235,12 +226,8 @@ def _digest(path: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        match sys.argv[1:]:
-            case ["run", "--", _, *_]:
-                _run(sys.argv[3:])
-            case ["supervise", home, lock]:
-                sys.exit(_supervise(Server(Path(home)), int(lock)))
-            case _:
-                sys.exit("usage: python -m devtools.postgres run -- COMMAND [ARGUMENT ...]")
-    except (ServerError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        if sys.argv[1] == "--supervise":
+            sys.exit(_supervise(Server(Path(sys.argv[2])), int(sys.argv[3])))
+        _run(sys.argv[1:])
+    except (OSError, ImportError, subprocess.CalledProcessError) as error:
         sys.exit(f"postgres: {error}")

@@ -1,26 +1,24 @@
 """Migrate the database and run the service: what scripts/serve does once everything is installed."""
 
 import contextlib
-import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from typing import Any, Final
 
 import click
 import uvicorn
 
-from devtools.ports import HOST, listens, port_of, require_free
-from devtools.postgres import ServerError, server
+from devtools.ports import HOST, listens, require_free
+from devtools.postgres import server
 from devtools.waiting import until
 
 HELP: Final = """\
 Run the service, with a PostgreSQL of its own unless DATABASE_URL is set. --traces, before any other option, also runs
-a viewer of its traces. LOGFIRE_CONSOLE=false prints no spans, LOGFIRE_TOKEN sends them to Logfire, PORT is the port.
-The other options are uvicorn's."""
+a viewer of its traces. --reload starts it again whenever a file in src changes. LOGFIRE_CONSOLE=false prints no spans,
+LOGFIRE_TOKEN sends them to Logfire, PORT is the port. The other options are uvicorn's."""
 
 MORE: Final = "See more: `./scripts/serve --traces` shows traces in a browser; LOGFIRE_TOKEN=... sends them to Logfire."
 
@@ -57,22 +55,6 @@ def curl_line(port: int) -> str:
     return f"curl -X POST http://{HOST}:{port}/test-log -H 'content-type: application/json' -d {body}"
 
 
-def end_with_parent() -> None:
-    """Stop this worker when uvicorn's parent process is gone. Otherwise the worker would keep the port taken."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ in {"__main__", "__mp_main__"}:
-    logging.getLogger("uvicorn.error").addFilter(  # not the traceback of each task that a second Ctrl-C cancels
-        lambda record: "CancelledError" not in f"{record.getMessage()} {record.exc_info}"
-    )
-
-if __name__ == "__mp_main__":  # a worker, with --workers or --reload
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through every `finally`, as a Ctrl-C
     # uvicorn's options are parsed before anything is started: --help and a wrong option are answered at once.
@@ -80,13 +62,14 @@ if __name__ == "__main__":
     try:
         options = (
             f"--host={HOST}",
-            f"--port={port_of('PORT', 8000)}",
+            f"--port={os.environ.get('PORT') or 8000}",
             "--reset-contextvars",
             "--no-access-log",  # it would repeat query strings; the trace of a request says more
             "--timeout-graceful-shutdown=10",  # a client may never finish its request
+            *(["--reload-dir=src"] if "--reload" in sys.argv else []),  # not the virtual environments of the clone
         )
         command.main(["backend.cc.cc_main:app", "--app-dir=src", *options, *sys.argv[1:]], "./scripts/serve")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # its own message is on the terminal
-    except (ServerError, OSError) as error:
+    except OSError as error:
         sys.exit(f"serve: {error}")

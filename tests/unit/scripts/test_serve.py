@@ -81,24 +81,6 @@ def test_a_newcomer_sees_the_spans_of_the_first_request_and_the_way_to_more(data
     assert "log_l1" in then
 
 
-def test_a_second_ctrl_c_ends_the_service_without_a_traceback(database_url: str, tmp_path: Path) -> None:
-    log_path, port = tmp_path / "log", free_port()
-    environment = {"DATABASE_URL": database_url, "PORT": str(port), "LOGFIRE_CONSOLE": "false"}
-    with serving(log_path, **environment) as process:
-        until(lambda: "curl" in log_path.read_text(), what="the service runs")
-        with socket.create_connection((HOST, port)) as client:
-            client.sendall(b"POST /test-log HTTP/1.1\r\nHost: cc\r\nContent-Type: application/json\r\n")
-            client.sendall(b"Content-Length: 10\r\nExpect: 100-continue\r\n\r\n{")
-            client.recv(100)
-            os.killpg(process.pid, signal.SIGINT)
-            until(lambda: "CTRL+C to force quit" in log_path.read_text(), what="the service waits for the request")
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(5)
-    printed = log_path.read_text()
-    assert "Traceback" not in printed
-    assert "POST /test-log" not in printed.partition(serve.curl_line(port))[2]  # the console is off
-
-
 @pytest.mark.parametrize(
     ("variables", "note"),
     [({"TRACES_NOTE": "See the traces there"}, "See the traces there"), ({}, serve.MORE), ({"LOGFIRE_TOKEN": "t"}, "")],

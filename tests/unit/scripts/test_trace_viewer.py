@@ -10,7 +10,6 @@ import sys
 import venv
 from pathlib import Path
 
-import httpx
 import pytest
 
 from devtools import ROOT
@@ -107,35 +106,11 @@ def test_the_viewer_survives_a_ctrl_c_until_the_command_has_delivered_its_last_s
     assert (environment / "var/received").read_text() == "/v1/traces True\n"
 
 
-def test_without_a_command_the_viewer_runs_alone_and_says_how_to_reach_it(environment: Path) -> None:
-    port = free_port()
-    viewer = start(environment, port)
-    assert viewer.stdout is not None
-    assert f"http://127.0.0.1:{port}/#/p/cos-cc (password: " in viewer.stdout.readline()
-    httpx.get(f"http://127.0.0.1:{port}").raise_for_status()
-    os.killpg(viewer.pid, signal.SIGINT)
-    assert f"export OTEL_EXPORTER_OTLP_ENDPOINT='http://127.0.0.1:{port}'\n" in list(viewer.stdout)
-    viewer.communicate(timeout=20)
-    until(lambda: not listens(port))
-
-
-def test_the_password_stays_and_the_key_changes(environment: Path) -> None:
-    say = ("sh", "-c", "echo $TRACES_NOTE; echo $OTEL_EXPORTER_OTLP_HEADERS")
-    port = free_port()
-    first = run(environment, port, *say)[0].splitlines()
-    until(lambda: not listens(port))
-    second = run(environment, port, *say)[0].splitlines()
-    assert first[0] == second[0]
-    assert first[1] != second[1]
-
-
 def test_what_the_viewer_keeps_is_private_and_nothing_of_the_caller_s_reaches_it(environment: Path) -> None:
     variables = {"LIGHTTRACE_PRICES": "{}", "LOGFIRE_TOKEN": "secret", "DATABASE_URL": "postgresql://secret"}
     run(environment, free_port(), "true", **variables)
-    home = environment / "var"
-    assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert stat.S_IMODE((home / "password").stat().st_mode) == 0o600
-    started_with = (home / "environment").read_text().split()
+    assert stat.S_IMODE((environment / "var").stat().st_mode) == 0o700
+    started_with = (environment / "var/environment").read_text().split()
     assert not {"LIGHTTRACE_PRICES", "LOGFIRE_TOKEN", "DATABASE_URL"} & set(started_with)
 
 
