@@ -131,7 +131,7 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 
     assert code in (0, -signal.SIGTERM)  # ended by the signal it was sent, which is how uvicorn says that all went well
     assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
-    rows = {row["id"]: row for row in fetch(database_url, ROWS)}
+    rows = {tuple(row) for row in fetch(database_url, ROWS)}
     traces = by_trace(receiver.spans)
     for answer in answers:
         assert is_complete(answer.json(), traces[answer.json()["trace_id"]], rows)
