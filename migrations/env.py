@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from backend.cc.config import Settings
-from backend.cc.database import connect
+from backend.cc.connection import connect
 from backend.cc.errors import database_error
 from backend.cc.mem0_models import SCHEMA, Base
 

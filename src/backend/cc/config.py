@@ -3,7 +3,7 @@
 import re
 from typing import Any, Final
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -14,6 +14,13 @@ _URL_PARAMETER: Final = re.compile(
     "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"
 )
 _URL_HINT: Final = "is no database URL. In a password @ : / are written %40 %3A %2F; hosts ?host=one,two&port=5432,5432"
+_PARAMETER_HINTS: Final = {
+    "channel_binding": "Leave channel_binding out: asyncpg has none; sslmode=verify-full protects the connection",
+    "connect_timeout": "Leave connect_timeout out: CC_DB_TIMEOUT_SECONDS limits connecting too",
+}
+_SETTING_HINT: Final = "A server's setting is written options=-c name=value"
+# The SDK logs a header that it can't read or send, with the key in it. No escape is of a control character.
+_HEADER: Final = re.compile(r"[\w!#$%&'*+.^`|~-]+[ \t]*=((?!%[^2-7])[ !#-+\--:<-\[\]-~])*", re.ASCII)
 
 
 class Settings(BaseSettings):
@@ -29,8 +36,11 @@ class Settings(BaseSettings):
     logfire_environment: str | None = None  # name of the deployment, shown in traces
     logfire_trace_sample_rate: float = Field(default=1.0, ge=0, le=1)  # the share of traces that are recorded
     logfire_console: bool = False  # whether to print spans to standard output too
-    otel_exporter_otlp_endpoint: str | None = None  # any OTLP backend; the SDK reads this and other OTEL_* by itself
-    otel_exporter_otlp_traces_endpoint: str | None = None  # the same for traces alone: the full address, path included
+    # Any OTLP backend, and the same for traces alone: the full address, path included. The SDK reads these by itself.
+    otel_exporter_otlp_endpoint: AnyHttpUrl | None = None
+    otel_exporter_otlp_traces_endpoint: AnyHttpUrl | None = None
+    otel_exporter_otlp_headers: SecretStr | None = None  # its key: name=value, separated by commas
+    otel_exporter_otlp_traces_headers: SecretStr | None = None
     otel_sdk_disabled: bool = False  # refused if true, because records would have no trace id
     cc_db_pool_size: int = Field(default=10, ge=1)  # connections at most, in each worker process
     cc_db_batch_size: int = Field(default=16, ge=1)  # records written in one round trip, at most; 1 turns batches off
@@ -50,9 +60,26 @@ class Settings(BaseSettings):
             raise ValueError(_URL_HINT) from None
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
-        if unknown := ", ".join(sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name))):
-            raise ValueError(f"has unknown parameters: {unknown}. A server's setting is written options=-c name=value")
+        if unknown := sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name)):
+            hints = dict.fromkeys(_PARAMETER_HINTS.get(name, _SETTING_HINT) for name in unknown)
+            raise ValueError(f"has unknown parameters: {', '.join(unknown)}. {'. '.join(hints)}")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
+
+    @field_validator("logfire_token")
+    @classmethod
+    def _as_token(cls, value: SecretStr) -> SecretStr:
+        # An HTTP client that can't send it would log it.
+        if not re.fullmatch("[!-~]*", value.get_secret_value()):
+            raise ValueError("must be one line of ASCII without spaces")
+        return value
+
+    @field_validator("otel_exporter_otlp_headers", "otel_exporter_otlp_traces_headers")
+    @classmethod
+    def _as_headers(cls, value: SecretStr) -> SecretStr:
+        headers = filter(None, map(str.strip, value.get_secret_value().split(",")))
+        if not all(map(_HEADER.fullmatch, headers)):
+            raise ValueError("must be name=value, separated by commas")
+        return value
 
     @field_validator("otel_sdk_disabled")
     @classmethod

@@ -2,32 +2,24 @@
 
 import asyncio
 import contextlib
-import ssl
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-import asyncpg
 from sqlalchemy import ExceptionContext, event
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.cc.config import Settings
+from backend.cc.connection import connect
 from backend.cc.errors import STALE_CONNECTION, DatabaseError
 from backend.cc.writer import CLOSE_SECONDS, Writer
 
-READ_ONLY: Final = "25006"
-
 
 class Database(contextlib.AbstractAsyncContextManager["Database"]):
-    """Engine, sessions and writer. It connects to nothing until it is used, and may be used again after `aclose`.
-
-    Attributes:
-        seconds: Timeout of a record, and of each statement of a session.
-        engine: The engine of the sessions, an ordinary one.
-    """
+    """Engine, sessions and writer. It connects to nothing until it is used, and may be used again after `aclose`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.seconds = settings.cc_db_timeout_seconds
+        self.seconds = settings.cc_db_timeout_seconds  # of a record, and of each statement of a session
         self.engine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=partial(connect, settings, self.seconds, command_timeout=self.seconds),
@@ -44,35 +36,23 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
         )
-        self._new_writer = partial(
-            Writer,
-            partial(connect, settings),
-            size=settings.cc_db_pool_size,
-            batch=settings.cc_db_batch_size,
-            seconds=self.seconds,
-        )
-        self._writer = self._new_writer()
+        self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def writer(self) -> Writer:
         """The writer of the running event loop."""
-        if self._loop is not (loop := asyncio.get_running_loop()):
-            self._enter(loop)
+        self._enter()
         return self._writer
 
     def session(self, **options: Any) -> AsyncSession:
         """Return a new session, with SQLAlchemy's options. It opens a connection when it is first used for a query."""
         with contextlib.suppress(RuntimeError):  # it may be made before the event loop runs
-            if self._loop is not (loop := asyncio.get_running_loop()):
-                self._enter(loop)
+            self._enter()
         return self._sessions(**options)
 
     async def aclose(self) -> None:
-        """Write what waits and close every connection, giving up those that don't close: a frozen server never answers.
-
-        It takes the timeout of a record and 6 seconds at most.
-        """
+        """Write what waits and close every connection, in `seconds` and 6 at most: a frozen server never answers."""
         if self._loop is asyncio.get_running_loop():
             await self._writer.aclose()
             with contextlib.suppress(TimeoutError):
@@ -83,40 +63,16 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Leave the connections of another event loop, which has ended, as a test client's without `with` has."""
+    def _enter(self) -> None:
+        """Begin anew in another event loop. The connections of one that ended without `aclose` can't be used in it."""
+        if (loop := asyncio.get_running_loop()) is self._loop:
+            return
         if self._loop is not None and self._loop.is_running():
             raise DatabaseError("another event loop uses this Database: make one for each", "RuntimeError")
-        if self._loop is not None:
-            self._writer = self._new_writer()
-            self.engine.sync_engine.dispose(close=False)
+        size, batch = self._settings.cc_db_pool_size, self._settings.cc_db_batch_size
+        self._writer = Writer(partial(connect, self._settings), size=size, batch=batch, seconds=self.seconds)
+        self.engine.sync_engine.dispose(close=False)
         self._loop = loop
-
-
-class _Connection(asyncpg.Connection):  # type: ignore[misc]
-    async def execute(self, query: str, *args: Any, **options: Any) -> str:
-        tag: str = await super().execute(query, *args, **options)
-        if tag == "ROLLBACK" and query.startswith("COMMIT"):
-            # A statement of the transaction has failed before. asyncpg does not look at this answer.
-            raise asyncpg.InFailedSQLTransactionError("rolled back instead of committed")
-        return tag
-
-
-async def connect(settings: Settings, seconds: float, *, command_timeout: float | None = None) -> asyncpg.Connection:
-    """Connect to `DATABASE_URL` within so many seconds. Raises one of asyncpg's errors, without the address in it."""
-    url = settings.database_url.get_secret_value()
-    try:
-        return await asyncpg.connect(
-            url, timeout=seconds, command_timeout=command_timeout, connection_class=_Connection
-        )
-    except (OSError, ValueError, LookupError, AttributeError, BufferError, OverflowError) as error:
-        # Refused, timed out, no such host, or a peer with another protocol. SQLAlchemy wraps only asyncpg's own
-        # errors, so this error becomes one of those.
-        no_tls = isinstance(error, ssl.SSLError) or type(error) is ConnectionError
-        refusal = (asyncpg.ConnectionRejectionError if no_tls else asyncpg.ClientCannotConnectError)(
-            type(error).__name__
-        )
-    raise refusal
 
 
 def _check(dbapi_connection: Any, *_: object) -> None:
@@ -135,7 +91,7 @@ def _handle_error(context: ExceptionContext) -> OperationalError | None:
     error = context.original_exception
     state = getattr(error, "sqlstate", None)
     if state in STALE_CONNECTION:
-        # After a switchover all the others lead to the read-only server, too.
-        context.is_disconnect, context.invalidate_pool_on_disconnect = True, state == READ_ONLY
+        # If the server has become read-only (25006), all the others lead there, too.
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, state == "25006"
     # SQLAlchemy drops the connection of a statement that timed out, but passes the TimeoutError on as it is.
     return OperationalError(None, None, error) if isinstance(error, TimeoutError) else None

@@ -11,9 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 # What a database call raises, through SQLAlchemy or directly from asyncpg and the network.
 _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DATABASE_ERRORS: Final = (SQLAlchemyError, exc.EmulatedDBAPIException, *_DRIVER_ERRORS, OSError)
-# SQLSTATEs after which an open connection is replaced. Its server has become read-only; or asyncpg's state of it is wrong:
-# a transaction has ended, a prepared statement is gone, or another client of the pooler has prepared it.
+# SQLSTATEs after which an open connection is replaced. Its server has become read-only; or asyncpg's state of it is
+# wrong: a transaction has ended, a prepared statement is gone, or another client of the pooler has prepared it.
 STALE_CONNECTION: Final = frozenset({"25006", "25P01", "26000", "42P05"})
+# How a SQLSTATE begins after which the statement may have been committed all the same.
+UNKNOWN_OUTCOME: Final = ("08", "40003", "57P", "XX")
 
 # Classes of SQLSTATE, and SQLSTATEs (PostgreSQL manual, appendix A), that describe the server's condition and not the
 # statement: no connection, login refused, no such database, rolled back because of another transaction, out of disk or
@@ -24,8 +26,6 @@ _UNAVAILABLE: Final = STALE_CONNECTION.union(
 
 # Causes that an operator or the caller can mend.
 _HINTS: Final = {
-    "08001": ": nothing answers where DATABASE_URL points, or a parameter in it is wrong",
-    "08004": ": the server refuses such a connection; does it offer the TLS that sslmode asks for?",
     "25P02": ": an earlier statement of the transaction has failed",
     **dict.fromkeys(["26000", "42P05"], ": is there a pooler without prepared statements? See docs/operations.md"),
     **dict.fromkeys(["28000", "28P01"], ": the user or the password of DATABASE_URL is refused"),
@@ -35,6 +35,19 @@ _HINTS: Final = {
     "55P03": ": another transaction holds a lock",
     **dict.fromkeys(["3F000", "42P01", "42703"], ": has `alembic upgrade head` been run?"),
 }
+# The same for what `connect` met instead of a server, by the class of the error.
+_NO_SERVER: Final = ": nothing answers where DATABASE_URL points, or a parameter in it is wrong"
+_CONNECT_HINTS: Final = {
+    "ConnectionError": ": the server refuses such a connection; does it offer the TLS that sslmode asks for?",
+    "FileNotFoundError": ": a file or a socket that DATABASE_URL names isn't there",
+    "SSLCertVerificationError": ": the server's certificate can't be verified; does sslrootcert name its authority?",
+    "SSLError": ": the TLS handshake failed",
+    "TargetServerAttributeNotMatched": ": no server is what target_session_attrs asks for",
+}
+
+
+class ConnectError(asyncpg.ClientCannotConnectError):  # type: ignore[misc]
+    """No server could be reached. Its text is the class of the original error, whose own text has the address."""
 
 
 class DatabaseError(Exception):
@@ -63,14 +76,19 @@ class DatabaseUnavailableError(DatabaseError):
     """
 
 
-def database_error(error: Exception) -> DatabaseError:
+def database_error(error: BaseException) -> DatabaseError:
     """Return what one of `DATABASE_ERRORS` means: DatabaseUnavailableError where a retry may help, else DatabaseError.
 
     The original's text is left out, because it repeats the row.
     """
     if isinstance(error, DatabaseError):
         return error
-    cause = getattr(error, "orig", None) or error
+    cause = error
+    while orig := getattr(cause, "orig", None):  # SQLAlchemy's, which wraps an emulated one, which wraps asyncpg's
+        cause = orig
+    if isinstance(cause, ConnectError):
+        hint = _CONNECT_HINTS.get(str(cause), _NO_SERVER)
+        return DatabaseUnavailableError(f"the database is unavailable ({cause}){hint}", "08001")
     if (state := getattr(cause, "sqlstate", None)) is None:
         name = type(cause).__name__
         is_the_databases = isinstance(error, exc.DBAPIError | exc.DisconnectionError | exc.TimeoutError)

@@ -1,8 +1,9 @@
 """`log_l1`: write what happened into L1 memory, durable before it returns."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Protocol
 from uuid import UUID
 
@@ -24,6 +25,7 @@ __all__ = ["DatabaseError", "DatabaseUnavailableError", "EventRecord", "PromptRe
 SOURCE_MODULE: Final = "cc"  # the `source_module` of every record
 
 tracer = trace.get_tracer("cos-cc")
+_Write = Callable[..., Awaitable[bool]]  # `Writer.write`, or the same through a session
 
 
 async def log_l1(
@@ -50,7 +52,8 @@ async def log_l1(
         DatabaseError: PostgreSQL refused, e.g. because no migration has been run.
         ValueError: `record`, `request_id` or `record_id` is not valid, or the session's driver is another.
     """
-    return await _log(session, record, request_id, record_id, joins=session.in_transaction())
+    write = _write_for(session, joins=session.in_transaction())
+    return await _log(write, record, request_id=request_id, record_id=record_id)
 
 
 class BoundLogL1(Protocol):
@@ -62,17 +65,11 @@ class BoundLogL1(Protocol):
 
 
 def bind_log_l1(session: AsyncSession) -> BoundLogL1:
-    """Return `log_l1` for a session, but never in a transaction of it if the session is one of `Database`."""
-
-    async def bound(record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
-        return await _log(session, record, request_id, record_id, joins=False)
-
-    return bound
+    """Return `log_l1` for a session, but outside of its transaction if it is one of `Database`."""
+    return partial(_log, _write_for(session, joins=False))
 
 
-async def _log(
-    session: AsyncSession, record: Record, request_id: str | None, record_id: UUID | None, *, joins: bool
-) -> UUID:
+async def _log(write: _Write, record: Record, *, request_id: str | None = None, record_id: UUID | None = None) -> UUID:
     if request_id is None:
         request_id = request_id_var.get() or generate_request_id()
     check_name("request_id", request_id)
@@ -95,12 +92,7 @@ async def _log(
     try:
         trace_id = trace.format_trace_id(span.get_span_context().trace_id)
         values = (new_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
-        database = session.info.get("database")
-        if isinstance(database, Database) and session.bind is database.engine and not joins:
-            is_stored = await database.writer.write(statement, values, known=record_id is not None)
-        else:
-            is_stored = await _through(session, statement, values, known=record_id is not None)
-        if not is_stored:
+        if not await write(statement, values, known=record_id is not None):
             raise DatabaseError("a trigger or a rule has suppressed the record", "suppressed")
     except BaseException as error:
         # The class or the SQLSTATE, and no text: an error's text is content.
@@ -129,6 +121,13 @@ def _start_span(table: str, request_id: str, event_type: str, record_id: UUID) -
         "logfire.msg": f"log_l1 {event_type}",
     }
     return tracer.start_span(f"log_l1 {table}", kind=trace.SpanKind.CLIENT, attributes=attributes)
+
+
+def _write_for(session: AsyncSession, *, joins: bool) -> _Write:
+    database = session.info.get("database")
+    if isinstance(database, Database) and session.bind is database.engine and not joins:
+        return database.writer.write
+    return partial(_through, session)
 
 
 async def _through(session: AsyncSession, statement: str, values: Sequence[Any], *, known: bool) -> bool:
@@ -160,8 +159,8 @@ async def _execute(session: AsyncSession, statement: str, values: Sequence[Any],
 
 
 # Each statement writes a whole record, atomic by itself. ON CONFLICT makes it safe to repeat. The id is in every part,
-# and nothing is selected from `base`, so that a distributed PostgreSQL sends it to one shard. RETURNING $1 tells whether
-# the row was inserted, and names no column, so that a role which may only INSERT may run it.
+# and nothing is selected from `base`, so that a distributed PostgreSQL sends it to one shard. RETURNING $1 tells if the
+# row was inserted, and names no column, so that a role which may only INSERT may run it.
 INSERT_PROMPT: Final = """\
 WITH base AS (
     INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
