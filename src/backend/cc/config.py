@@ -67,17 +67,17 @@ class Settings(BaseSettings):
 
     @field_validator("logfire_token")
     @classmethod
-    def _as_token(cls, value: SecretStr) -> SecretStr:
+    def _as_token(cls, value: SecretStr | None) -> SecretStr | None:
         # An HTTP client that can't send it would log it.
-        if not re.fullmatch("[!-~]*", value.get_secret_value()):
+        if value and not re.fullmatch("[!-~]*", value.get_secret_value()):
             raise ValueError("must be one line of ASCII without spaces")
         return value
 
     @field_validator("otel_exporter_otlp_headers", "otel_exporter_otlp_traces_headers")
     @classmethod
-    def _as_headers(cls, value: SecretStr) -> SecretStr:
-        headers = filter(None, map(str.strip, value.get_secret_value().split(",")))
-        if not all(map(_HEADER.fullmatch, headers)):
+    def _as_headers(cls, value: SecretStr | None) -> SecretStr | None:
+        headers = value.get_secret_value().split(",") if value else ()
+        if not all(_HEADER.fullmatch(header.strip()) for header in headers if header.strip()):
             raise ValueError("must be name=value, separated by commas")
         return value
 
