@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,19 @@ from devtools.service import running_service
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, word: str = "") -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [block for block in found if word in block]
+
+
+(ROUTER,) = blocks("python", "APIRouter")
 
 
 async def test_the_endpoint_of_the_readme_writes_what_it_says(
     app: FastAPI, client: httpx.AsyncClient, db: asyncpg.Connection
 ) -> None:
     names: dict[str, object] = {}
-    exec(blocks("python")[0], names)  # noqa: S102 - the README's own code
+    exec(ROUTER, names)  # noqa: S102 - the README's own code
     router = names["router"]
     assert isinstance(router, APIRouter)
     app.include_router(router)
@@ -40,11 +45,38 @@ async def test_the_endpoint_of_the_readme_writes_what_it_says(
     assert await db.fetchval("SELECT count(DISTINCT (request_id, trace_id)) FROM mem0_cc.base_log") == 1
 
 
+def test_the_endpoint_of_the_readme_passes_the_checks_and_the_tests_of_the_service(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    for name in ("docs", "migrations", "scripts", "src", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "src/backend/cc/routers/ask.py").write_text(ROUTER)
+    wiring = tmp_path / "src/backend/cc/cc_main.py"
+    changed = wiring.read_text().replace("routers import debug_router", "routers import ask, debug_router")
+    wiring.write_text(changed.replace("    return app\n", "    app.include_router(ask.router)\n    return app\n"))
+    for command in (
+        ("ruff", "check", "src"),
+        ("ruff", "format", "--check", "src"),
+        ("pytest", "tests/unit/test_house.py", "tests/unit/backend/cc", "-k", "house or one_page or described"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=tmp_path,
+            env=os.environ | {"CC_TEST_DATABASE_URL": postgres_url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
 async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, db: asyncpg.Connection) -> None:
     environment = {"PYTHONPATH": str(ROOT / "src"), "DATABASE_URL": database_url}
     with otlp_receiver() as receiver:
         printed = subprocess.run(  # noqa: ASYNC221 - nothing else runs meanwhile
-            [sys.executable, "-W", "error", "-c", blocks("python")[1]],
+            [sys.executable, "-W", "error", "-c", *blocks("python", "asyncio.run")],
             env={**os.environ, **environment, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint},
             capture_output=True,
             text=True,
@@ -53,7 +85,7 @@ async def test_the_script_of_the_readme_writes_what_it_says(database_url: str, d
     assert (
         await db.fetchval("SELECT event_type FROM mem0_cc.event_log WHERE base_log_id = $1", printed) == "job.finished"
     )
-    (span,) = [span for span in receiver.spans if span.name == "log_l1"]
+    (span,) = [span for span in receiver.spans if span.name == "log_l1 event_log"]
     assert span.resource["service.name"] == "nightly-job"
     assert await db.fetchval("SELECT trace_id FROM mem0_cc.base_log WHERE id = $1", printed) == span.trace_id
 
@@ -68,7 +100,7 @@ def test_the_uvicorn_line_of_the_readme_serves(database_url: str, tmp_path: Path
 
 
 async def test_the_curl_line_of_the_readme_is_what_serve_prints_and_answers_200(client: httpx.AsyncClient) -> None:
-    (line,) = [block for block in blocks("sh") if block.startswith("curl")]
+    (line,) = blocks("sh", "curl ")
     assert line.strip() == serve.curl_line(8000)
     body = re.search(r"-d '(.*)'", line)
     assert body

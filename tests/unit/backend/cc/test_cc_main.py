@@ -269,8 +269,7 @@ async def test_the_debug_route_can_be_left_out(settings: Settings) -> None:
         assert "/test-log" not in (await client.get("/openapi.json")).text
 
 
-async def test_there_is_no_endpoint_that_nobody_asked_for(app: FastAPI, client: httpx.AsyncClient) -> None:
-    assert list(app.openapi()["paths"]) == ["/test-log"]
+async def test_its_documentation_is_one_page(client: httpx.AsyncClient) -> None:
     for path, status in {"/docs": 200, "/openapi.json": 200, "/redoc": 404, "/docs/oauth2-redirect": 404}.items():
         assert (await client.get(path)).status_code == status
 
