@@ -1,22 +1,28 @@
 """A caller that retries with the error's record id ends with exactly one record for each call, whatever breaks."""
 
 import asyncio
+import os
 import time
 from collections import Counter
 from uuid import UUID, uuid4
 
+import pytest
 from pydantic import SecretStr
 
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.services.logging import DatabaseUnavailableError, EventRecord, PromptRecord, log_l1
-from support.cluster import Postgres, fetch
+from support.cluster import Postgres, fetch, progress
 
 CALLERS = 8
 
+CALLS = int(os.environ.get("CC_SOAK_CALLS", "40000"))
+"""How many records are written at least in ./scripts/soak, while PostgreSQL fails again and again."""
 
+
+@pytest.mark.parametrize("calls", [400, pytest.param(CALLS, marks=pytest.mark.soak)])
 async def test_a_caller_that_retries_with_the_same_id_ends_with_exactly_one_record_for_each(
-    postgres: Postgres, database_url: str
+    postgres: Postgres, database_url: str, calls: int
 ) -> None:
     run = uuid4().hex
     database = Database(Settings(database_url=SecretStr(database_url), cc_db_timeout_seconds=0.5))
@@ -43,27 +49,28 @@ async def test_a_caller_that_retries_with_the_same_id_ends_with_exactly_one_reco
             record = PromptRecord("user", request_id) if number % 2 else EventRecord("retried", {"of": request_id})
             written.append(await write_once(record, request_id))
 
-    async def progress() -> None:
+    async def go_on() -> None:
         seen = len(written)
         deadline = time.monotonic() + 20
-        while len(written) < seen + 50:
+        while len(written) < seen + max(50, calls // 200):
             assert time.monotonic() < deadline, "no record is written any more"
             await asyncio.sleep(0.01)
 
     async with asyncio.TaskGroup() as tasks:
         for caller in range(CALLERS):
             tasks.create_task(call(caller))
-        for _ in range(2):
-            await progress()
+        while len(written) < calls:
+            await go_on()
             await asyncio.to_thread(postgres.kill)
             await asyncio.to_thread(postgres.start)
-            await progress()
+            await go_on()
             await asyncio.to_thread(postgres.freeze)
             await asyncio.sleep(1)  # twice the time limit, so that calls fail while it is frozen
             await asyncio.to_thread(postgres.thaw)
-            await progress()
+            await go_on()
             await asyncio.to_thread(postgres.restart)
-        await progress()
+            progress(f"{len(written)} of {calls} records, {outcomes['retried']} retries")
+        await go_on()
         over.set()
     await database.aclose()
 
