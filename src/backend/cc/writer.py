@@ -46,7 +46,7 @@ class _Record:
 
 
 class Writer:
-    """Write records on up to `size` connections, in one event loop.
+    """Write records on up to `size` connections, in the event loop that runs when it is made.
 
     A connection takes whatever waits, up to `batch` records of the same statement, as soon as it is free. Nothing waits
     for a batch to fill, so a lone record goes at once. A batch is one round trip and one transaction.
@@ -62,6 +62,7 @@ class Writer:
         self, connect: Callable[[float], Awaitable[asyncpg.Connection]], *, size: int, batch: int, seconds: float
     ) -> None:
         self._connect, self._size, self._batch, self._seconds = connect, size, batch, seconds
+        self._loop = asyncio.get_running_loop()
         self._queues: dict[str, deque[_Record]] = {}  # by statement, and each in the order of its deadlines
         self._idle: list[asyncpg.Connection] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,9 +88,9 @@ class Writer:
         """
         if sum(map(len, self._queues.values())) >= QUEUE_MAX:
             raise DatabaseUnavailableError(f"{QUEUE_MAX} records wait for the database", "QueueFull")
-        loop = asyncio.get_running_loop()
         size = sum(len(value) for value in values if isinstance(value, str))
-        record = _Record(statement, values, loop.time() + self._seconds, loop.create_future(), size, known)
+        deadline = self._loop.time() + self._seconds
+        record = _Record(statement, values, deadline, self._loop.create_future(), size, known)
         self._queues.setdefault(statement, deque()).append(record)
         self._wake()
         outcome = await record.outcome
@@ -112,7 +113,7 @@ class Writer:
         is_starting = self._starting is not None and not self._starting.done()
         if not is_starting and len(self._tasks) < self._size and any(self._queues.values()):
             # In an empty context: it serves many callers, each with its own trace.
-            self._starting = asyncio.get_running_loop().create_task(self._work(), context=Context())
+            self._starting = self._loop.create_task(self._work(), context=Context())
             self._starting.add_done_callback(self._ended)
             self._tasks.add(self._starting)
 
@@ -154,7 +155,7 @@ class Writer:
         return []
 
     def _seconds_left(self, batch: list[_Record]) -> float:
-        return batch[0].deadline - asyncio.get_running_loop().time()
+        return batch[0].deadline - self._loop.time()
 
     async def _insert(self, connection: asyncpg.Connection, batch: list[_Record]) -> None:
         # asyncpg's own timeout, since it swallows a cancellation. A batch has half of the time, so that its records can
@@ -193,7 +194,7 @@ class Writer:
             self._discard(self._idle.pop())
 
     def _discard(self, connection: asyncpg.Connection) -> None:
-        task = asyncio.get_running_loop().create_task(_close(connection))
+        task = self._loop.create_task(_close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
