@@ -31,12 +31,9 @@ def _change(mutant: str) -> str:
 
 if __name__ == "__main__":
     tried = _try_mutants(sys.argv[1:])
-    changes = {name: _change(name) for name, code in tried.items() if code in (0, 5, 33)}
-    listed = (ROOT / "docs/mutants.md").read_text()
-    missed = {name: change for name, change in changes.items() if f"\n{change}\n" not in listed}
-    for name, change in missed.items():
-        print(f"\n{name}\n{change}")
-    total = len(tried) - len(changes) + len(missed)
-    share = 1 - len(missed) / total
-    print(f"\n{share:.1%} killed: {len(missed)} of {total} mutants survived.")
+    missed = [name for name, code in tried.items() if code in (0, 5, 33)]
+    for name in missed:
+        print(f"\n{name}\n{_change(name)}")
+    share = 1 - len(missed) / len(tried)
+    print(f"\n{share:.1%} killed: {len(missed)} of {len(tried)} mutants survived.")
     sys.exit(share < 0.9)
