@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -23,3 +24,8 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     }
     assert packed == source
     assert {"backend/py.typed", "common/py.typed"} <= packed
+
+
+def test_every_step_of_the_check_is_a_step_of_ci() -> None:
+    steps = re.findall(r"^(\w+)\(\) \{", (ROOT / "scripts/check").read_text(), re.MULTILINE)
+    assert steps == re.findall(r"\./scripts/check (\w+)", (ROOT / ".github/workflows/ci.yml").read_text())

@@ -19,6 +19,9 @@ from devtools.otlp import otlp_receiver
 from devtools.service import running_service
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = {
+    path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob(".github/*.md"), *ROOT.glob("docs/**/*.md"))
+}
 
 
 def blocks(language: str, word: str = "") -> list[str]:
@@ -137,7 +140,7 @@ async def test_the_query_of_the_readme_uses_an_index(db: asyncpg.Connection, col
 
 
 async def test_the_documented_pruning_takes_the_children_along(db: asyncpg.Connection) -> None:
-    pruning = re.search(r"^DELETE FROM .*?;$", (ROOT / "docs/scaling.md").read_text(), re.DOTALL | re.MULTILINE)
+    pruning = re.search(r"^DELETE FROM .*?;$", "".join(DOCUMENTS.values()), re.DOTALL | re.MULTILINE)
     assert pruning
     await db.execute(
         "INSERT INTO mem0_cc.base_log VALUES (gen_random_uuid(), now() - interval '91 days', 'cc', 'old', 't');"
@@ -149,11 +152,10 @@ async def test_the_documented_pruning_takes_the_children_along(db: asyncpg.Conne
 
 
 def test_every_file_that_the_documentation_names_exists() -> None:
-    documents = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
-    for document in documents:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+    for document, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (document.parent / target).exists(), f"{document}: {target}"
-    for script in re.findall(r"\./scripts/(\w+(?:\.py)?)", "".join(document.read_text() for document in documents)):
+    for script in re.findall(r"\./scripts/(\w+(?:\.py)?)", "".join(DOCUMENTS.values())):
         path = ROOT / "scripts" / script
         assert os.access(path, os.X_OK), script
 
