@@ -31,6 +31,7 @@ os.environ["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
 from backend.cc.cc_main import Service, create_app  # noqa: E402
 from backend.cc.config import Settings  # noqa: E402
 from backend.cc.database import Database  # noqa: E402
+from support.clients import client_of  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -98,7 +99,7 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def session(database: Database) -> AsyncIterator[AsyncSession]:
-    """A session of theirs."""
+    """A session of `database`."""
     async with database.session() as session:
         yield session
 
@@ -119,7 +120,6 @@ async def app(settings: Settings, exporter: InMemorySpanExporter) -> AsyncIterat
 
 @pytest.fixture
 async def client(app: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of `app`, to which an unhandled exception is a 500, as to any other."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://cc") as client:
+    """A client of `app`."""
+    async with client_of(app) as client:
         yield client
