@@ -13,7 +13,7 @@ def require_free(port: int, remedy: str) -> None:
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise OSError(f"{HOST}:{port}: {error}. Another port: {remedy}") from error
+            raise OSError(f"{HOST}:{port}: {error.args[-1]}. Another port: {remedy}") from error
 
 
 def listens(port: int) -> bool:
