@@ -1,5 +1,6 @@
-"""Start tracing (Logfire, any OTLP backend, or ids alone) and end it."""
+"""Start tracing (Logfire, any OTLP backend, or ids alone), and deliver what waits when a service ends."""
 
+import atexit
 import logging
 import os
 import sys
@@ -7,34 +8,50 @@ import threading
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, cast
 
 import logfire
 from logfire.sampling import SamplingOptions, TailSamplingSpanInfo
 from logfire.types import ExceptionCallbackHelper
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import ValidationError
 
+from common.log_lines import printable
 from common.request_id_middleware import request_id_var
 
 LIVE_SECONDS: Final = 1.0  # a trace that takes longer is sent to Logfire before it is over
 logger = logging.getLogger(__name__)
 
 
+class _Kept:
+    """A span processor of the caller's. The end of one configuration doesn't shut it down, so the next may have it."""
+
+    def __init__(self, processor: SpanProcessor) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def shutdown(self) -> None:
+        self._processor.force_flush()
+
+
 @dataclass
 class RequestSpanProcessor(SpanProcessor):
     """Put the request id on every span of a request, and `layer=api` on its server span.
 
-    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. `log_refusals`
-    turns on a log line for each request answered 400 to 499, because Logfire's console shows no status.
+    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. With `console`
+    no text of a caller's looks like another line there, and each request answered 400 to 499 gets a log line, because
+    Logfire's console shows no status.
     """
 
-    log_refusals: bool = False
+    console: bool = False
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         present = span.attributes or {}
@@ -44,9 +61,13 @@ class RequestSpanProcessor(SpanProcessor):
             span.set_attribute("layer", "api")
             if "url.query" in present:  # callers leave tokens in query strings
                 span.set_attribute("url.query", "")
+        if self.console:
+            for name in ("logfire.msg", "url.path"):
+                if isinstance(text := present.get(name), str) and not text.isprintable():
+                    span.set_attribute(name, printable(text))
 
     def on_end(self, span: ReadableSpan) -> None:
-        if self.log_refusals and span.kind is SpanKind.SERVER:
+        if self.console and span.kind is SpanKind.SERVER:
             attributes = span.attributes or {}
             status = attributes.get("http.response.status_code")
             if isinstance(status, int) and 400 <= status < 500:  # noqa: PLR2004 - HTTP's client errors
@@ -76,7 +97,7 @@ def configure_logfire(
         distributed_tracing: Whether to continue a caller's trace. For trusted callers only: they choose the trace id.
         sample_rate: The share of traces that are recorded, 0 to 1.
         unscrubbed: Span attributes with names, never content. Logfire would take a name `session_start` for a secret.
-        span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
+        span_processors: More OpenTelemetry span processors, e.g. a test's exporter. They are flushed, never shut down.
 
     Raises:
         RuntimeError: Another OpenTelemetry SDK runs in this process. Its spans have query strings and no request id.
@@ -93,13 +114,16 @@ def configure_logfire(
 
     head = sample_rate if recording else ALWAYS_OFF
     kept = {"request_id", "layer", *unscrubbed}
+    kept_processors = [cast("SpanProcessor", _Kept(processor)) for processor in span_processors]
     # How spans are batched unless the operator says otherwise (docs/decisions/0004).
     os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "128")
     os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
-    # Trace context alone, because nothing here reads baggage. These two loggers would print text of a caller's header.
+    # Trace context alone, because nothing here reads baggage.
     propagate.set_global_textmap(TraceContextTextMapPropagator())
-    for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation"):
+    # The first two would print text of a caller's header, the third a key in OTEL_EXPORTER_OTLP_HEADERS.
+    for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation", "opentelemetry.util.re"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(OTLPSpanExporter.__module__).addFilter(_drop_error_text)
     logfire.configure(
         service_name=service_name,
         environment=environment,
@@ -114,17 +138,28 @@ def configure_logfire(
         distributed_tracing=distributed_tracing,
         scrubbing=logfire.ScrubbingOptions(lambda match: match.value if match.path[-1] in kept else None),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
-        additional_span_processors=[RequestSpanProcessor(log_refusals=console), *span_processors],
+        additional_span_processors=[RequestSpanProcessor(console), *kept_processors],
     )
 
 
 def shutdown_logfire(timeout: float) -> bool:
-    """Deliver the spans that wait, and end tracing. Return whether that took less than `timeout` seconds. Blocks."""
-    # The SDK's own limits fail if the receiver hangs. After a flush alone, its exit handler would try once more.
-    thread = threading.Thread(target=logfire.shutdown, kwargs={"flush": False}, daemon=True)
+    """Deliver the spans that wait. Return whether that took less than `timeout` seconds. Blocks; tracing goes on."""
+    # The SDK's own, behind Logfire's, which would hold a lock that the next start of tracing needs.
+    provider = cast("Any", trace.get_tracer_provider()).provider
+    # The SDK's own limit fails if the receiver hangs.
+    thread = threading.Thread(target=provider.force_flush, daemon=True)
     thread.start()
     thread.join(timeout)
+    if thread.is_alive():  # The SDK's exit handler would wait for the receiver once more.
+        atexit.unregister(provider.shutdown)
     return not thread.is_alive()
+
+
+def _drop_error_text(record: logging.LogRecord) -> bool:
+    # The text of an HTTP client's error has the endpoint's path or a header, and either may be a key.
+    if isinstance(record.args, tuple):
+        record.args = tuple(type(arg).__qualname__ if isinstance(arg, Exception) else arg for arg in record.args)
+    return True
 
 
 def _is_shown(info: TailSamplingSpanInfo) -> float:

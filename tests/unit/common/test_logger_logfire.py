@@ -1,17 +1,18 @@
+import asyncio
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from types import ModuleType
 
 import logfire
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ from common import logger_logfire
 from common.logger_logfire import configure_logfire, shutdown_logfire
 from common.request_id_middleware import request_id_var
 from devtools.otlp import ReceivedSpan, Receiver, otlp_receiver
+from devtools.ports import free_port
 
 TOKEN = "pylf_v1_us_0123456789"
 
@@ -128,7 +130,7 @@ def sent(receiver: Receiver) -> set[tuple[str, str]]:
 
 def in_database() -> AbstractContextManager[trace.Span]:
     attributes = {"db.system.name": "postgresql"}
-    return trace.get_tracer("test").start_as_current_span("log_l1", kind=SpanKind.CLIENT, attributes=attributes)
+    return trace.get_tracer("test").start_as_current_span("INSERT", kind=SpanKind.CLIENT, attributes=attributes)
 
 
 def in_request() -> AbstractContextManager[trace.Span]:
@@ -141,7 +143,7 @@ def test_a_request_that_only_calls_the_database_is_sent_once_when_it_is_over(log
         with in_database():
             pass
         assert sent(logfire_endpoint) == set()
-    assert sent(logfire_endpoint) == {("POST", "span"), ("log_l1", "span")}
+    assert sent(logfire_endpoint) == {("POST", "span"), ("INSERT", "span")}
     with in_database():
         assert len(logfire_endpoint.spans) == 2
     sent(logfire_endpoint)
@@ -153,7 +155,7 @@ def test_the_console_prints_a_span_when_it_starts(
 ) -> None:
     configure_logfire("cos-cc", token=TOKEN, console=True)
     with in_request(), in_database():
-        assert "log_l1" in capsys.readouterr().out
+        assert "INSERT" in capsys.readouterr().out
 
 
 def test_work_of_the_codes_own_is_seen_in_logfire_while_it_runs(logfire_endpoint: Receiver) -> None:
@@ -163,7 +165,7 @@ def test_work_of_the_codes_own_is_seen_in_logfire_while_it_runs(logfire_endpoint
             pass
         with logfire.span("model call"):
             pending = {("POST", "pending_span"), ("model call", "pending_span")}
-            assert sent(logfire_endpoint) == pending | {("log_l1", "span")}
+            assert sent(logfire_endpoint) == pending | {("INSERT", "span")}
 
 
 def test_a_request_that_takes_long_is_seen_in_logfire_while_it_runs(
@@ -173,7 +175,7 @@ def test_a_request_that_takes_long_is_seen_in_logfire_while_it_runs(
     with in_request():
         monkeypatch.setattr(logger_logfire, "LIVE_SECONDS", 0)
         with in_database():
-            assert sent(logfire_endpoint) == {("POST", "pending_span"), ("log_l1", "pending_span")}
+            assert sent(logfire_endpoint) == {("POST", "pending_span"), ("INSERT", "pending_span")}
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
@@ -229,22 +231,78 @@ def test_what_the_code_did_not_set_is_on_no_span() -> None:
 
 
 def test_spans_are_printed_where_the_console_is_asked_for_and_only_there(capsys: pytest.CaptureFixture[str]) -> None:
-    recorded()
-    logfire.info("unseen")
+    exporter = recorded()
+    logfire.info("unseen\n")
     configure_logfire("cos-cc", console=True)
     logfire.info("seen")
     configure_logfire("cos-cc")
     printed = capsys.readouterr().out
     assert "seen" in printed
     assert "unseen" not in printed
+    (span,) = exporter.get_finished_spans()
+    assert (span.attributes or {})["logfire.msg"] == "unseen\n"
 
 
-def test_a_callers_header_is_not_repeated_in_a_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    loggers = [logging.getLogger(f"opentelemetry.trace.{name}") for name in ("span", "propagation")]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "level", logging.NOTSET)
-    configure_logfire("cos-cc")
-    assert [logger.level for logger in loggers] == [logging.ERROR] * 2
+def test_no_text_of_a_callers_looks_like_another_line_on_the_console(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOGFIRE_CONSOLE_VERBOSE", "true")
+    configure_logfire("cos-cc", console=True)
+    forged = "\nWARNING:  x\x1b[2J\r\u2028"
+    attributes: dict[str, str | int] = {"http.request.method": "GET", "url.path": f"/{forged}"}
+    attributes["http.response.status_code"] = 404
+    trace.get_tracer("test").start_span("GET", kind=trace.SpanKind.SERVER, attributes=attributes).end()
+    trace.get_tracer("test").start_span("log_l1", attributes={"logfire.msg": f"log_l1 {forged}"}).end()
+    with logfire.span(f"asked {{text}} {forged}", text=forged):
+        logfire.warn("again {text}", text=forged)
+    lines = capsys.readouterr().out.split("\n")
+    escaped = r"\nWARNING:  x\x1b[2J\r\u2028"
+    for text in (f" GET /{escaped}", f" log_l1 {escaped}", f" again {escaped}"):
+        assert len([line for line in lines if line.endswith(text)]) == 1
+    assert not [line for line in lines if line.startswith("WARNING") or set("\x1b\r\u2028") & set(line)]
+    assert caplog.messages[-1] == f"GET /{escaped}: 404"
+
+
+@pytest.mark.parametrize("processor", [SimpleSpanProcessor, BatchSpanProcessor])
+def test_after_the_end_of_a_service_another_one_is_traced(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, processor: Callable[[SpanExporter], SpanProcessor]
+) -> None:
+    """In another event loop, with the same configuration or anew, and with the same processors."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
+    exporter = InMemorySpanExporter()
+    processors = [processor(exporter)]
+
+    async def serve(name: str) -> None:
+        with trace.get_tracer("test").start_as_current_span(name):
+            pass
+        assert await asyncio.to_thread(shutdown_logfire, 10)
+
+    configure_logfire("cos-cc", otlp=True, span_processors=processors)
+    asyncio.run(serve("first"))
+    asyncio.run(serve("second"))
+    configure_logfire("cos-cc", otlp=True, span_processors=processors)
+    asyncio.run(serve("third"))
+    names = ["first", "second", "third"]
+    assert [span.name for span in exporter.get_finished_spans()] == names
+    assert [span.name for span in receiver.spans] == names
+
+
+def test_neither_a_callers_header_nor_a_key_is_repeated_in_a_log_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("opentelemetry.trace.span", "opentelemetry.trace.propagation", "opentelemetry.util.re")
+    for name in names:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    # An endpoint's path may be a key, too.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}/secret")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key: secret")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1.5")
+    configure_logfire("cos-cc", otlp=True)
+    logfire.info("hello")
+    assert shutdown_logfire(timeout=10)
+    assert [logging.getLogger(name).level for name in names] == [logging.ERROR] * 3
+    assert "Transient error ConnectionError encountered" in caplog.text
+    assert "secret" not in caplog.text
 
 
 class Question(BaseModel):

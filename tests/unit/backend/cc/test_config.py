@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import asyncpg
 import pytest
 from opentelemetry.util.re import parse_env_headers
@@ -8,6 +12,7 @@ from backend.cc.database import Database
 from backend.cc.errors import DatabaseUnavailableError
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1
+from devtools import ROOT
 
 URL = "postgresql://u:secret@h/d"
 
@@ -128,3 +133,8 @@ def test_either_otlp_endpoint_turns_tracing_on(monkeypatch: pytest.MonkeyPatch, 
     assert not Settings().tracing()["otlp"]
     monkeypatch.setenv(name, "http://127.0.0.1:4318")
     assert Settings().tracing()["otlp"]
+
+
+def test_a_propagator_that_is_not_installed_does_not_stop_the_start() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OTEL_PROPAGATORS": "b3"}
+    subprocess.run([sys.executable, "-c", "import backend.cc.cc_main"], env=environment, check=True)
