@@ -70,14 +70,6 @@ def run(environment: Path, port: int, *command: str, **variables: str) -> tuple[
     return *process.communicate(timeout=60), process.returncode
 
 
-def test_a_command_s_traces_go_to_the_viewer_which_ends_after_it(environment: Path) -> None:
-    port = free_port()
-    *_, code = run(environment, port, sys.executable, "-c", SEND_ONE)
-    assert code == 0
-    assert (environment / "var/received").read_text() == "/v1/traces True\n"
-    until(lambda: not listens(port))
-
-
 def test_the_command_becomes_the_process_so_that_signals_and_the_exit_code_are_its_own(environment: Path) -> None:
     *_, code = run(environment, free_port(), "sh", "-c", "kill -9 $$")
     assert code == -signal.SIGKILL
