@@ -10,7 +10,6 @@ from pathlib import Path
 
 import asyncpg
 import httpx
-import pytest
 from fastapi import APIRouter, FastAPI
 
 from backend.cc.config import Settings
@@ -121,22 +120,6 @@ def test_the_configuration_table_is_the_settings() -> None:
         value = Settings.model_fields[name].default
         expected = "" if Settings.model_fields[name].is_required() or value is None else str(value)
         assert default == (expected.lower() if isinstance(value, bool) else expected), name
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [("request_id", "req-1"), ("trace_id", "f" * 32), ("id", "00000000-0000-7000-8000-000000000000")],
-)
-async def test_the_query_of_the_readme_uses_an_index(db: asyncpg.Connection, column: str, value: str) -> None:
-    (query,) = blocks("sql")
-    assert "request_id = '<request id>'" in query
-    query = query.replace("request_id = '<request id>'", f"{column} = '{value}'")
-    await db.execute(
-        "INSERT INTO mem0_cc.base_log SELECT gen_random_uuid(), now(), 'cc', 'r' || n, 't' || n "
-        "FROM generate_series(1, 5000) n; ANALYZE mem0_cc.base_log"
-    )
-    plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN {query}"))
-    assert "Seq Scan on base_log" not in plan
 
 
 async def test_the_documented_pruning_takes_the_children_along(db: asyncpg.Connection) -> None:
