@@ -1,1 +1,0 @@
-"""Each cost beside its floor. `scripts/bench` runs it; pytest does not."""

@@ -1,7 +1,6 @@
-"""Measure what `log_l1` and tracing cost beside the bare INSERT, and write docs/performance.md. See scripts/bench.
+"""Measure what `log_l1` and tracing cost, each beside a floor, and write docs/performance.md. See scripts/bench.
 
-Whatever is compared runs side by side: a process for each variant, and one short round of each after the other, so
-that whatever else happens on the machine happens to all of them. Ratios are taken within a round.
+What is compared takes turns, a short round of each, so that whatever else happens on the machine happens to all of it.
 """
 
 import argparse
@@ -16,17 +15,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
 
 import asyncpg
 import psutil
-from sqlalchemy import make_url
 
 from benchmarks import report
 from devtools import ROOT
@@ -34,94 +32,120 @@ from devtools.otlp import otlp_receiver
 from devtools.postgres import server, temporary_home
 from devtools.service import Service, running_service
 from devtools.traces import by_trace, is_whole
-from support.database import alembic_process, execute, with_database
+from support.database import alembic_process, execute
 from support.wire import counted
 
 Round = dict[str, float]
+Run = Callable[[int, float], Round]  # a round of so many callers and seconds
 
 OURS: Final = "backend.cc.cc_main:app"
+BOTH: Final = ("pool", "log_l1")
+PLAN: Final = {1: ("held", *BOTH), 8: BOTH, 64: BOTH, 256: (*BOTH, "copy")}
+SIZE: Final = """
+    SELECT sum(pg_total_relation_size(oid)) / (SELECT count(*) FROM mem0_cc.base_log)
+    FROM pg_class WHERE relnamespace = 'mem0_cc'::regnamespace AND relkind = 'r'"""
 
 
-def say(text: str) -> None:
-    """Print what is going on."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+class Postgres:
+    """The server that everything writes to."""
 
-
-async def _fetch(url: str, statement: str) -> Any:
-    connection = await asyncpg.connect(url)
-    try:
-        return await connection.fetchval(statement)
-    finally:
-        await connection.close()
-
-
-def fetch(url: str, statement: str) -> Any:
-    """Run one statement and return the first value of its first row."""
-    return asyncio.run(_fetch(url, statement))
-
-
-def new_database(server_url: str, template: str = "") -> str:
-    """Create a database and return its URL: a copy of `template`, or one made by the real migrations."""
-    name = f"bench_{uuid4().hex}"
-    asyncio.run(execute(server_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "")))
-    url = with_database(server_url, name)
-    if not template:
+    def __init__(self, home: Path, url: str) -> None:
+        self.url = url
+        self._postmaster = psutil.Process(int((home / "data/postmaster.pid").read_text().split()[0]))
         alembic_process(url, "upgrade", "head").check_returncode()
-    return url
+
+    def cpu(self) -> float:
+        """Return the CPU seconds of all its processes; the postmaster has those of its children that have ended."""
+        while True:
+            before = self._postmaster.cpu_times()
+            seconds: float = sum(before[:4])
+            for process in self._postmaster.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    seconds += sum(process.cpu_times()[:2])
+            if self._postmaster.cpu_times()[2:4] == before[2:4]:  # none has ended meanwhile
+                return seconds
+
+    def fetch(self, query: str) -> Any:
+        """Return the first value of a query."""
+
+        async def fetch() -> Any:
+            connection = await asyncpg.connect(self.url)
+            value = await connection.fetchval(query)
+            await connection.close()
+            return value
+
+        return asyncio.run(fetch())
+
+    def empty(self) -> None:
+        """Remove all records, so that no round meets the vacuum or the checkpoint that an earlier one has earned."""
+        asyncio.run(execute(self.url, "TRUNCATE mem0_cc.base_log CASCADE", "CHECKPOINT"))
+
+    def in_turns(self, name: str, rounds: int, variants: Mapping[str, Callable[[], Round]]) -> dict[str, list[Round]]:
+        """Run a round of each variant, then the next one, in reverse order. The first round only warms up."""
+        results: dict[str, list[Round]] = {variant: [] for variant in variants}
+        for number in range(rounds + 1):
+            print(f"{time.strftime('%H:%M:%S')}  {name}: round {number} of {rounds}", file=sys.stderr)
+            for variant in list(variants)[:: -1 if number % 2 else 1]:
+                self.empty()
+                results[variant].append(variants[variant]())
+        return {variant: found[1:] for variant, found in results.items()}
 
 
 @contextmanager
-def child(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a module of Python until the block ends. Its standard input and output are pipes."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate()
+def child(*arguments: str, **environment: str) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Run a module of Python until the block ends. Yields the first line that it prints, and a way to ask for more."""
+    command, variables = [sys.executable, "-m", *arguments], os.environ | environment
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=variables, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
 
+        def ask(question: str = "") -> str:
+            assert process.stdin and process.stdout  # noqa: PT018 - for mypy
+            process.stdin.write(question)
+            return process.stdout.readline().strip()
 
-def line(process: subprocess.Popen[str]) -> str:
-    """Read one line of what a child prints."""
-    if process.stdout is None or not (text := process.stdout.readline()):
-        raise RuntimeError(f"{process.args!r} has ended: see its message above")
-    return text.strip()
+        try:
+            yield ask(), ask
+        finally:
+            process.terminate()
 
 
 @contextmanager
-def receiver() -> Iterator[str]:
-    """Run an OTLP receiver that keeps nothing, in a process of its own. It also stands for Logfire's endpoint."""
-    with child("devtools.otlp") as process:
-        yield line(process)
+def caller(postgres: Postgres, variant: str, **environment: str) -> Iterator[Run]:
+    """Run benchmarks/calls.py until the block ends.
+
+    CPU is in µs for each record or request: `client` is the callers', `server` PostgreSQL's, `cpu` both together.
+    """
+
+    def run(callers: int, seconds: float) -> Round:
+        before = postgres.cpu()
+        answer: Round = json.loads(ask(f"{callers} {seconds}\n"))
+        answer["server"] = (postgres.cpu() - before) * 1e6 / answer["count"]
+        answer["client"] *= 1e6 / answer["count"]
+        return answer | {"cpu": answer["client"] + answer["server"]}
+
+    with child("benchmarks.calls", variant, **{"DATABASE_URL": postgres.url} | environment) as (_, ask):
+        yield run
 
 
 @contextmanager
-def caller(variant: str, url: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run benchmarks/calls.py; see there."""
-    with child("benchmarks.calls", variant, DATABASE_URL=url, **environment) as process:
-        line(process)
-        yield process
+def service(postgres: Postgres, app: str = OURS, **environment: str) -> Iterator[tuple[Service, Run]]:
+    """Run an application with one worker, and a caller of it. The `cpu` of a round is the service's alone."""
+    cpu = [0.0]
 
+    def run(connections: int, seconds: float) -> Round:
+        answer = post(connections, seconds)
+        # Since the end of the last round, because spans are sent in batches, some of them after a round.
+        cpu.append(sum(psutil.Process(running.process.pid).cpu_times()[:2]))
+        return answer | {"cpu": (cpu[-1] - cpu[-2]) * 1e6 / answer["count"]}
 
-def calls(process: subprocess.Popen[str], count: int) -> Round:
-    """Let a caller make so many calls, and return what one took, in milliseconds."""
-    assert process.stdin is not None  # for mypy
-    process.stdin.write(f"{count}\n")
-    process.stdin.flush()
-    answer: Round = json.loads(line(process))
-    return answer
-
-
-def service(url: str, log: Path, app: str = OURS, **environment: str) -> AbstractContextManager[Service]:
-    """Run an application as `devtools.service` does, with one worker."""
-    return running_service(url, log, "--app-dir=tests", "--no-access-log", "--log-level=error", app=app, **environment)
+    # No connection is closed between two rounds.
+    options = ("--app-dir=tests", "--no-access-log", "--log-level=error", "--timeout-keep-alive=3600")
+    with (
+        tempfile.NamedTemporaryFile() as log,
+        running_service(postgres.url, Path(log.name), *options, app=app, **environment) as running,
+        caller(postgres, "post", PORT=str(running.port)) as post,
+    ):
+        yield running, run
 
 
 def exporting(endpoint: str) -> dict[str, dict[str, str]]:
@@ -132,235 +156,114 @@ def exporting(endpoint: str) -> dict[str, dict[str, str]]:
     }
 
 
-def load(port: int, connections: int, seconds: float) -> dict[str, Any]:
-    """Run benchmarks/load.py; see there."""
-    with tempfile.NamedTemporaryFile() as file:
-        arguments = (str(port), str(connections), str(seconds), file.name)
-        command = [sys.executable, "-m", "benchmarks.load", *arguments]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=seconds + 30)
-        answer: dict[str, Any] = json.load(file)
-    if answer["failures"]:
-        raise RuntimeError(f"{answer['failures']} requests were not answered 200")
-    return answer
-
-
-# --- the five measurements ------------------------------------------------------------------------------------------
-
-
-def measure_log_l1(server_url: str, rounds: int) -> dict[str, list[Round]]:
-    """One durable record, one caller, connections warm."""
-    results: dict[str, list[Round]] = defaultdict(list)
-    url = new_database(server_url)
+def measure_records(
+    postgres: Postgres, rounds: int, seconds: float, plan: Mapping[int, Sequence[str]] = PLAN
+) -> dict[str, dict[str, list[Round]]]:
+    """Records of one process, by the number of its concurrent callers; a number after `log_l1` is a batch's size."""
     with ExitStack() as stack:
-        endpoint = stack.enter_context(receiver())
-        callers = {
-            "held": stack.enter_context(caller("held", url)),
-            "pool": stack.enter_context(caller("pool", url)),
-            "pool_without_reset": stack.enter_context(caller("pool_without_reset", url)),
-            "log_l1": stack.enter_context(caller("log_l1", url)),
-            "exporting": stack.enter_context(caller("log_l1", url, **exporting(endpoint)["otlp"])),
-            "orm": stack.enter_context(caller("orm", url)),
+        run = {
+            variant: stack.enter_context(caller(postgres, name, CC_DB_BATCH_SIZE=size))
+            for variant in dict.fromkeys(chain(*plan.values()))
+            for name, _, size in [variant.partition(" ")]
         }
-        for number in range(1, rounds + 1):
-            say(f"1/5 log_l1: round {number} of {rounds}")
-            for variant, process in callers.items():
-                results[variant].append(calls(process, 200))
-    return dict(results)
+        results = {}
+        for callers, variants in plan.items():
+            # COPY has a caller for each of its connections.
+            turns = {each: partial(run[each], 10 if each == "copy" else callers, seconds) for each in variants}
+            results[str(callers)] = postgres.in_turns(f"records, {callers} callers", rounds, turns)
+        return results
 
 
-def measure_load(server_url: str, rounds: dict[int, int], seconds: float) -> dict[str, dict[str, list[Round]]]:
-    """POST /test-log as fast as one worker answers; `rounds` are by the number of connections."""
-    results: dict[str, dict[str, list[Round]]] = {}
-    url = new_database(server_url)
+def measure_lone(postgres: Postgres, _: int, seconds: float) -> dict[str, float]:
+    """How often a lone `log_l1` waits for the server, counted on the wire, and how much disk its record takes."""
+    with counted(postgres.url) as wire, caller(postgres, "log_l1", DATABASE_URL=wire.url) as run:
+        before = wire.round_trips
+        count = run(1, seconds)["count"]
+        return {"round_trips": (wire.round_trips - before) / count, "bytes": float(postgres.fetch(SIZE))}
+
+
+def measure_requests(postgres: Postgres, rounds: int, seconds: float) -> dict[str, dict[str, list[Round]]]:
+    """POST /test-log as fast as one worker answers, by the number of connections."""
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ways = exporting(stack.enter_context(receiver()))
-        variants: dict[str, tuple[str, dict[str, str]]] = {
-            "floor": ("benchmarks.floor:app", {}),
+        ways = exporting(stack.enter_context(child("devtools.otlp"))[0])
+        applications: dict[str, tuple[str, dict[str, str]]] = {
+            "bare": ("benchmarks.floor:app", {}),
             "untraced": (OURS, {}),
             "otlp": (OURS, ways["otlp"]),
             "token": (OURS, ways["token"]),
-            "instrumented": ("benchmarks.instrumented:app", ways["otlp"]),
+            "instrumented": ("benchmarks.floor:app", ways["otlp"]),
         }
-        services = {
-            variant: stack.enter_context(service(url, directory / variant, app, **environment))
-            for variant, (app, environment) in variants.items()
-        }
-        times = {variant: psutil.Process(each.process.pid).cpu_times for variant, each in services.items()}
-        for each in services.values():
-            load(each.port, 8, seconds)
-        for connections, count in rounds.items():
-            loads: dict[str, list[Round]] = defaultdict(list)
-            cpu: dict[str, list[float]] = defaultdict(list)
-            for number in range(1, count + 1):
-                say(f"2/5 POST /test-log, {connections} connections: round {number} of {count}")
-                for variant, each in services.items():
-                    # Read just before a round, so that the spans that a service has sent since its last round count.
-                    cpu[variant].append(sum(times[variant]()[:2]))
-                    answer = load(each.port, connections, seconds)
-                    del answer["traces"]
-                    loads[variant].append(answer)
-            for variant, done in loads.items():
-                cpu[variant].append(sum(times[variant]()[:2]))
-                for each_round, before, after in zip(done, cpu[variant], cpu[variant][1:], strict=False):
-                    each_round["cpu"] = (after - before) * 1e3 / each_round["requests"]
-            results[str(connections)] = dict(loads)
-    return results
+        run = {name: stack.enter_context(service(postgres, app, **env))[1] for name, (app, env) in applications.items()}
+        results = {}
+        for connections in (8, 64):
+            turns = {name: partial(each, connections, seconds) for name, each in run.items()}
+            results[str(connections)] = postgres.in_turns(f"requests, {connections} connections", rounds, turns)
+        return results
 
 
-FILL: Final = """
-    WITH request AS MATERIALIZED (
-        SELECT i, age, uuidv7(age) AS prompt_id, uuidv7(age) AS event_id,
-               gen_random_uuid()::text AS request_id, replace(uuidv7(age)::text, '-', '') AS trace_id
-        FROM generate_series($1::int, $2::int) AS i, LATERAL (SELECT (i - 3000000) * interval '100 ms' AS age) AS ages
-    ), base AS (
-        INSERT INTO mem0_cc.base_log (id, "timestamp", source_module, request_id, trace_id)
-        SELECT id, now() + age, 'cc', request_id, trace_id
-        FROM request, LATERAL (VALUES (prompt_id), (event_id)) AS ids (id)
-    ), prompt AS (
-        INSERT INTO mem0_cc.prompt_trace (base_log_id, role, content, tokens_in, tokens_out)
-        SELECT prompt_id, 'user', 'What is the capital of France? ' || i, 12, 7 FROM request
-    ), event AS (
-        INSERT INTO mem0_cc.event_log (base_log_id, event_type, payload)
-        SELECT event_id, 'test_log', jsonb_build_object('message', 'hello', 'number', i) FROM request
-    )
-    SELECT set_config('session_replication_role', 'origin', false)
-"""
-"""Requests of the past, one in 100 ms, each with a prompt and an event; ids as the service makes them."""
-
-SIZE: Final = """
-    SELECT sum(pg_total_relation_size(oid))::bigint FROM pg_class
-    WHERE relnamespace = 'mem0_cc'::regnamespace AND relkind = 'r'
-"""
-
-
-async def _fill(url: str, stored: int, records: int) -> None:
-    connection = await asyncpg.connect(url)
-    step = 50_000
-    for first in range(stored // 2, records // 2, step):
-        say(f"3/5 growth: {2 * first:,} of {records:,} records")
-        # The foreign keys hold by construction. To check five million of them would take longer than to write them.
-        await connection.execute("SET session_replication_role = replica")
-        await connection.execute(FILL, first + 1, first + step)
-    await connection.execute("VACUUM (ANALYZE)")
-    await connection.execute("CHECKPOINT")
-    await connection.close()
-
-
-def measure_growth(server_url: str, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The same calls beside more and more records: a database for each size, rounds from one to the next."""
-    results: dict[str, Any] = {}
-    url, stored = "", 0
-    databases = {}
-    with ExitStack() as stack:
-        callers = {}
-        for records in sizes:
-            url = new_database(server_url, make_url(url).database or "" if url else "")
-            asyncio.run(_fill(url, stored, records))
-            stored = records
-            results[str(records)] = {"bytes": fetch(url, SIZE), "rounds": defaultdict(list)}
-            databases[str(records)] = url
-        for size, url in databases.items():
-            for variant in ("held", "log_l1", "request_id", "trace_id"):
-                callers[size, variant] = stack.enter_context(caller(variant, url))
-        for number in range(1, rounds + 1):
-            say(f"3/5 growth: round {number} of {rounds}")
-            for (size, variant), process in callers.items():
-                results[size]["rounds"][variant].append(calls(process, 200))
-    return results
-
-
-def measure_round_trips(server_url: str, rounds: int) -> dict[str, Any]:
-    """Statements on the wire for one record, and its time when each of them takes 1 ms longer."""
-    results: dict[str, Any] = {}
-    url = new_database(server_url)
-    with ExitStack() as stack:
-        callers = {}
-        for variant in ("held", "log_l1", "orm"):
-            wire = stack.enter_context(counted(url, delay=0.001))
-            callers[variant] = (stack.enter_context(caller(variant, wire.url)), wire)
-            results[variant] = {"rounds": []}
-        for number in range(1, rounds + 1):
-            say(f"4/5 round trips, 1 ms away: round {number} of {rounds}")
-            for variant, (process, wire) in callers.items():
-                before = wire.round_trips
-                results[variant]["rounds"].append(calls(process, 100))
-                results[variant]["round_trips"] = (wire.round_trips - before) / 100
-    return results
-
-
-def measure_spans(server_url: str, stops: int, seconds: float) -> dict[str, dict[str, int]]:
-    """Stop the service with SIGTERM under full load; of the requests answered, count the traces that are whole."""
-    results = {}
-    url = new_database(server_url)
-    for way in ("otlp", "token"):
-        answered = whole = 0
-        for number in range(1, stops + 1):
-            say(f"5/5 spans, {way}: SIGTERM under load, {number} of {stops}")
-            with otlp_receiver() as otlp, tempfile.TemporaryDirectory() as directory:
-                with service(url, Path(directory, "log"), **exporting(otlp.endpoint)[way]) as running:
+def measure_traces(postgres: Postgres, stops: int, seconds: float) -> dict[str, dict[str, int]]:
+    """Stop the service with SIGTERM under full load; of the traces that the rows name, count those that are whole."""
+    results = {way: {"stored": 0, "whole": 0} for way in exporting("")}
+    for way, count in results.items():
+        for _ in range(stops):
+            postgres.empty()
+            with otlp_receiver() as otlp:
+                with service(postgres, **exporting(otlp.endpoint)[way]) as (running, run):
                     threading.Timer(seconds, running.process.terminate).start()
-                    traces = load(running.port, 8, seconds + 10)["traces"]
+                    run(8, seconds + 10)
                     running.process.wait(30)
                 spans = by_trace(otlp.spans)
-            answered += len(traces)
-            whole += sum(is_whole(spans[trace]) for trace in traces)
-        results[way] = {"answered": answered, "whole": whole, "stops": stops}
+            traces = postgres.fetch("SELECT array_agg(DISTINCT trace_id) FROM mem0_cc.base_log")
+            count["stored"] += len(traces)
+            count["whole"] += sum(is_whole(spans[trace]) for trace in traces)
     return results
 
 
-def describe_machine(server_url: str) -> dict[str, Any]:
-    """Say what the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    settings = ("server_version", "fsync", "synchronous_commit", "shared_buffers")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu,
-        "cores": psutil.cpu_count(),
-        "memory": psutil.virtual_memory().total,
-        "system": f"{platform.system()}, {platform.machine()}",
-        "python": platform.python_version(),
-        "load_before": psutil.getloadavg()[0],
-        **{name: fetch(server_url, f"SHOW {name}") for name in settings},
-        "packages": {
-            name: importlib.metadata.version(name)
-            for name in ("fastapi", "uvicorn", "uvloop", "asyncpg", "sqlalchemy", "logfire", "opentelemetry-sdk")
-        },
-    }
+# What is measured, in how many rounds, each of how many seconds.
+MEASUREMENTS: Final[dict[str, tuple[Callable[[Postgres, int, float], Any], int, float]]] = {
+    "records": (measure_records, 10, 1.5),
+    "lone": (measure_lone, 1, 1),
+    "requests": (measure_requests, 10, 2),
+    "traces": (measure_traces, 2, 3),
+    "batch": (partial(measure_records, plan={256: ("log_l1", "log_l1 64", "log_l1 256")}), 10, 1.5),
+}
 
 
 def main() -> None:
-    """Run the command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--growth", action="store_true", help="grow to 5 million records, not 1")
-    parser.add_argument("--smoke", action="store_true", help="a round of everything, to see that it works; no page")
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="measure this, and write no page")
+    parser.add_argument("--batch", action="append_const", dest="only", const="batch", help="the same as --only batch")
+    parser.add_argument("--smoke", action="store_true", help="a short round of each, to see that it works; no page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there")
     arguments = parser.parse_args()
     # No setting of a developer's shines through.
     for name in list(os.environ):
         if name.startswith(("LOGFIRE_", "OTEL_", "CC_", "PG")):
             del os.environ[name]
+    names = ("asyncpg", "fastapi", "logfire", "sqlalchemy", "uvloop")
     start = time.monotonic()
-    few = arguments.smoke
-    sizes = (0, 100_000) if few else (0, 1_000_000, 5_000_000) if arguments.growth else (0, 1_000_000)
-    rounds = {1: 1, 8: 2, 64: 1} if few else {1: 4, 8: 10, 64: 4}
-    with temporary_home() as home, server(home) as server_url:
-        results = {
-            "machine": describe_machine(server_url),
-            "log_l1": measure_log_l1(server_url, 2 if few else 40),
-            "load": measure_load(server_url, rounds, 0.5 if few else 2),
-            "growth": measure_growth(server_url, 2 if few else 15, sizes),
-            "round_trips": measure_round_trips(server_url, 2 if few else 15),
-            "spans": measure_spans(server_url, 1 if few else 4, 1 if few else 3),
+    with temporary_home() as home, server(home) as url:
+        postgres = Postgres(home, url)
+        results: dict[str, Any] = {}
+        for name in arguments.only or list(MEASUREMENTS)[:-1]:
+            measure, rounds, seconds = MEASUREMENTS[name]
+            results[name] = (
+                measure(postgres, 1, seconds / 10) if arguments.smoke else measure(postgres, rounds, seconds)
+            )
+        results["machine"] = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "minutes": round((time.monotonic() - start) / 60),
+            "cpu": Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0],
+            "cores": psutil.cpu_count(),
+            "python": platform.python_version(),
+            "postgres": postgres.fetch("SHOW server_version"),
+            "packages": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
         }
-    results["machine"]["minutes"] = (time.monotonic() - start) / 60
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    report.print_tables(results)
-    if not few:
+    for name, table in report.tables(results).items():
+        print(f"\n{name}\n{table}")
+    if not (arguments.smoke or arguments.only):
         report.write_page(results)
 
 
