@@ -32,6 +32,7 @@ from backend.cc.records import EventRecord, PromptRecord, Record
 from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, log_l1
 from common.logger_logfire import configure_logfire
 from common.request_id_middleware import request_id_var
+from support.refusals import REFUSALS, carried_by
 from support.wire import counted
 
 PROMPT = PromptRecord("user", "What is the capital of France?", tokens_in=9, tokens_out=0)
@@ -270,11 +271,6 @@ async def test_with_asyncpg_instrumented_a_joined_statement_is_a_child_of_the_sp
 
 Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
 
-REFUSE_ROW = """
-CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-$$ BEGIN RAISE EXCEPTION 'refused: %', NEW USING DETAIL = NEW::text, HINT = NEW::text; END $$;
-CREATE TRIGGER refuse AFTER INSERT ON mem0_cc.prompt_trace FOR EACH ROW EXECUTE FUNCTION refuse()"""
-
 
 @contextlib.asynccontextmanager
 async def another_engines(database: Database, database_url: str) -> Any:
@@ -290,18 +286,13 @@ async def databases(database: Database, database_url: str) -> Any:
         yield session
 
 
-def chain(error: BaseException | None) -> list[BaseException]:
-    """Return an exception and all that it carries, whether a traceback shows them or not."""
-    return [] if error is None else [error, *chain(error.__cause__), *chain(error.__context__)]
-
-
 @pytest.mark.parametrize(
     ("change", "unavailable"),
     [
         ("ALTER DATABASE {name} SET default_transaction_read_only = on", True),
         ("DROP SCHEMA mem0_cc CASCADE", False),
-        ("ALTER TABLE mem0_cc.prompt_trace ADD CONSTRAINT no_more CHECK (false) NOT VALID", False),
-        (REFUSE_ROW, False),
+        (REFUSALS["check"], False),
+        (REFUSALS["trigger"], False),
     ],
     ids=["read-only", "no schema", "check", "trigger"],
 )
@@ -323,7 +314,7 @@ async def test_a_refusal_is_an_error_that_carries_nothing_of_the_row(
             await log_l1(session, PromptRecord("user", SECRET))
     assert isinstance(raised.value, DatabaseUnavailableError) is unavailable
     assert "SQLSTATE" in str(raised.value)
-    assert chain(raised.value) == [raised.value]
+    assert carried_by(raised.value) == [raised.value]
     assert SECRET not in "".join(traceback.format_exception(raised.value))
 
 
