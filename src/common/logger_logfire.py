@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import Any, Final, cast
 
 import logfire
@@ -124,6 +125,8 @@ def configure_logfire(
     for name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation", "opentelemetry.util.re"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger(OTLPSpanExporter.__module__).addFilter(_drop_error_text)
+    if console and isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe or a file would show the spans at the end
     logfire.configure(
         service_name=service_name,
         environment=environment,
