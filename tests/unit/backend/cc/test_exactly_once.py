@@ -1,6 +1,6 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import UUID, uuid4
@@ -29,11 +29,6 @@ WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_databas
 
 Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
 
-alone_and_joined = pytest.mark.parametrize(
-    "begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"]
-)
-each_kind = pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
-
 
 async def rows(db: asyncpg.Connection) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in await db.fetch(ROWS)]
@@ -46,76 +41,32 @@ async def waiting(db: asyncpg.Connection) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.fixture
-async def unreachable() -> AsyncIterator[AsyncSession]:
-    async with (
-        Database(Settings(database_url="postgresql://u@127.0.0.1:1/d")) as database,
-        database.session() as session,
-    ):
-        yield session
-
-
-async def test_the_error_of_an_unreachable_database_names_the_new_id_that_was_tried(unreachable: AsyncSession) -> None:
-    with pytest.raises(DatabaseUnavailableError) as raised:
-        await log_l1(unreachable, EVENT)
+@pytest.mark.parametrize("record_id", [None, UUID(int=7)], ids=["new", "given"])
+async def test_the_error_of_an_outage_names_the_id_that_was_tried(record_id: UUID | None) -> None:
+    async with Database(Settings(database_url="postgresql://u@127.0.0.1:1/d")) as database:
+        with pytest.raises(DatabaseUnavailableError) as raised:
+            await log_l1(database.session(), EVENT, record_id=record_id)
     assert raised.value.record_id is not None
-    assert raised.value.record_id.version == 7
+    assert raised.value.record_id == record_id or (record_id is None and raised.value.record_id.version == 7)
 
 
-async def test_the_error_of_an_unreachable_database_names_the_id_that_the_caller_gave(
-    unreachable: AsyncSession,
-) -> None:
-    record_id = uuid4()
-    with pytest.raises(DatabaseUnavailableError) as raised:
-        await log_l1(unreachable, EVENT, record_id=record_id)
-    assert raised.value.record_id == record_id
-
-
-async def test_each_call_without_an_id_is_a_record_of_its_own(session: AsyncSession, db: asyncpg.Connection) -> None:
-    ids = {await log_l1(session, EVENT), await log_l1(session, EVENT)}
-    assert {row[0] for row in await rows(db)} == ids
-    assert len(ids) == 2
-
-
-@alone_and_joined
-@each_kind
-async def test_a_record_that_is_missing_is_written_under_the_id_given(
-    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record
-) -> None:
-    record_id = uuid4()
-    async with begin(session):
-        assert await log_l1(session, record, record_id=record_id, request_id="r") == record_id
-    content, event_type = ("first", None) if record is PROMPT else (None, "first")
-    assert await rows(db) == [(record_id, "r", content, event_type)]
-
-
-@alone_and_joined
-@each_kind
-async def test_a_record_of_which_only_the_base_row_is_there_is_completed(
-    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record
-) -> None:
-    record_id = await log_l1(session, record, request_id="r")
-    await db.execute("DELETE FROM mem0_cc.prompt_trace; DELETE FROM mem0_cc.event_log")
-    async with begin(session):
-        await log_l1(session, record, record_id=record_id, request_id="of the second call")
-    content, event_type = ("first", None) if record is PROMPT else (None, "first")
-    assert await rows(db) == [(record_id, "r", content, event_type)]
-
-
-@alone_and_joined
+@pytest.mark.parametrize("begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"])
 @pytest.mark.parametrize(
     ("record", "other"),
     [(PROMPT, PromptRecord("assistant", "second")), (EVENT, EventRecord("second", {}))],
     ids=["prompt", "event"],
 )
-async def test_a_record_that_is_there_keeps_the_content_of_the_first_call(
+async def test_a_call_with_an_id_writes_what_is_missing_and_changes_nothing_that_is_there(
     session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record, other: Record
 ) -> None:
-    record_id = await log_l1(session, record, request_id="r")
-    first = await rows(db)
-    async with begin(session):
-        assert await log_l1(session, other, record_id=record_id, request_id="of the second call") == record_id
-    assert await rows(db) == first
+    record_id = uuid4()
+    content, event_type = ("first", None) if record is PROMPT else (None, "first")
+    for each, request_id in ((record, "r"), (other, "of the second call"), (record, "of the third call")):
+        async with begin(session):
+            assert await log_l1(session, each, record_id=record_id, request_id=request_id) == record_id
+        assert await rows(db) == [(record_id, "r", content, event_type)]
+        if each is other:  # then only the base row is there
+            await db.execute("DELETE FROM mem0_cc.prompt_trace; DELETE FROM mem0_cc.event_log")
 
 
 async def test_a_record_of_the_other_kind_shares_the_base_row_of_the_first_call(
@@ -124,15 +75,6 @@ async def test_a_record_of_the_other_kind_shares_the_base_row_of_the_first_call(
     record_id = await log_l1(session, PROMPT, request_id="r")
     await log_l1(session, EVENT, record_id=record_id, request_id="of the second call")
     assert await rows(db) == [(record_id, "r", "first", "first")]
-
-
-async def test_a_second_call_in_the_transaction_of_the_first_changes_nothing(
-    session: AsyncSession, db: asyncpg.Connection
-) -> None:
-    async with session.begin():
-        record_id = await log_l1(session, EVENT, request_id="r")
-        await log_l1(session, EventRecord("second", {}), record_id=record_id)
-    assert await rows(db) == [(record_id, "r", None, "first")]
 
 
 async def test_a_record_that_was_rolled_back_is_written_by_the_second_call(

@@ -211,14 +211,14 @@ async def test_a_trace_that_began_elsewhere_gives_the_row_its_id_and_is_recorded
 
 SUPPRESS = """
 CREATE FUNCTION suppress() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
-CREATE TRIGGER suppress BEFORE INSERT ON mem0_cc.event_log FOR EACH ROW EXECUTE FUNCTION suppress()"""
+CREATE TRIGGER suppress BEFORE INSERT ON mem0_cc.{} FOR EACH ROW EXECUTE FUNCTION suppress()"""
 
 
 @pytest.mark.parametrize(
     ("statement", "code"),
     [
         ("DROP SCHEMA mem0_cc CASCADE", "42P01"),
-        (SUPPRESS, "suppressed"),
+        (SUPPRESS.format("event_log"), "suppressed"),
     ],
 )
 async def test_the_span_of_a_refused_record_says_why_and_no_more(
@@ -316,6 +316,18 @@ async def test_a_refusal_is_an_error_that_carries_nothing_of_the_row(
     assert "SQLSTATE" in str(raised.value)
     assert carried_by(raised.value) == [raised.value]
     assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"])
+@pytest.mark.parametrize(("record", "table"), [(PROMPT, "prompt_trace"), (EVENT, "event_log"), (EVENT, "base_log")])
+async def test_a_record_that_a_trigger_suppresses_is_an_error(
+    session: AsyncSession, db: asyncpg.Connection, begin: Begin, record: Record, table: str
+) -> None:
+    await db.execute(SUPPRESS.format(table))
+    with pytest.raises(DatabaseError) as raised:
+        async with begin(session):
+            await log_l1(session, record)
+    assert not isinstance(raised.value, DatabaseUnavailableError)
 
 
 async def test_a_record_in_a_transaction_that_has_failed_says_so(session: AsyncSession) -> None:
