@@ -1,6 +1,6 @@
 -- Partitions by month for a store that holds no records yet: the file to run once, and the two functions that add a
 -- month and drop one. Run it after `alembic upgrade head` as the role that ran the migrations.
--- docs/scaling.md says when a store needs it, docs/decisions/0012-partitions.md why it is built like this.
+-- docs/operations.md says when a store needs it, docs/decisions/0012-partitions.md why it is built like this.
 --
 -- The partitions and functions live in a schema of their own, where `alembic check` does not look. If the role of the
 -- migrations may not create schemas, a superuser creates this one first:
