@@ -13,9 +13,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import format_span_id, format_trace_id
 
 DOCUMENT = (Path(__file__).parent.parent.parent / "docs/tracing.md").read_text()
-QUERIES = re.findall(r"```sql\n(.*?)```", DOCUMENT, re.DOTALL)
-ROW_QUERIES = [query for query in QUERIES if "FROM mem0_cc." in query]
-LOGFIRE_QUERIES = [query for query in QUERIES if "FROM records" in query]
+(ROW_QUERY, *LOGFIRE_QUERIES) = sorted(
+    re.findall(r"```sql\n(.*?)```", DOCUMENT, re.DOTALL), key=lambda query: "FROM records" in query
+)
+ROW_QUERIES = [
+    re.sub("WHERE .*", condition, ROW_QUERY)
+    for condition in re.findall(r"WHERE (?:request_id|trace_id|id) = '<.*?>'", DOCUMENT)
+]
 
 
 @pytest.fixture
@@ -54,9 +58,12 @@ def prompt_span(answer: dict[str, str], exporter: InMemorySpanExporter) -> Reada
 
 
 def test_the_document_says_how_to_find_rows_by_request_by_trace_and_by_record() -> None:
-    assert len(ROW_QUERIES) == 3
+    assert [query.splitlines()[-2] for query in ROW_QUERIES] == [
+        "WHERE request_id = '<request id>'",
+        "WHERE trace_id = '<trace id>'",
+        "WHERE id = '<mem0.record_id>'",
+    ]
     assert len(LOGFIRE_QUERIES) == 2
-    assert len(QUERIES) == 5
 
 
 @pytest.mark.parametrize("query", ROW_QUERIES[:2], ids=["request id", "trace id"])
@@ -120,7 +127,7 @@ async def test_logfire_s_query_by_request_id_finds_the_whole_trace(
     answer: dict[str, str], exporter: InMemorySpanExporter, db: asyncpg.Connection
 ) -> None:
     rows = await db.fetch(filled_in(LOGFIRE_QUERIES[0], answer, exporter))
-    assert [row["span_name"] for row in rows] == ["POST /test-log", "log_l1", "log_l1"]
+    assert [row["span_name"] for row in rows] == ["POST /test-log", "log_l1 prompt_trace", "log_l1 event_log"]
     assert [row["layer"] for row in rows] == ["api", "service", "service"]
     assert {row["record_id"] for row in rows} == {None, answer["prompt_trace_id"], answer["event_log_id"]}
 
