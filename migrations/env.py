@@ -5,6 +5,8 @@ from functools import partial
 from typing import Final
 
 from alembic import context
+from alembic.runtime.migration import MigrationInfo
+from alembic.script import Script
 from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy import Connection, NullPool, text
@@ -40,7 +42,14 @@ def include_name(name: str | None, type_: str, parent_names: object) -> bool:
 
 
 def migrate(connection: Connection) -> None:
-    """Run the migrations, or `alembic check`, on a connection."""
+    """Run the migrations, or `alembic check`, on a connection. Print the revisions once they are committed."""
+    applied: list[str] = []
+
+    def note(*, step: MigrationInfo, **_: object) -> None:
+        verb = "Stamped" if step.is_stamp else "Upgraded to" if step.is_upgrade else "Downgraded from"
+        scripts = (script for script in step.up_revisions if isinstance(script, Script))
+        applied.extend(f"{verb} {script.revision}: {script.doc}" for script in scripts)
+
     # One transaction holds all of it, the schema included: a migration that fails leaves nothing behind. The lock is
     # released with the transaction, or with the connection if this process dies.
     with connection.begin():
@@ -56,10 +65,13 @@ def migrate(connection: Connection) -> None:
         partitioned = connection.scalar(text(PARTITIONED))
         configure(
             connection=connection,
+            on_version_apply=note,
             include_object=lambda _item, _name, kind, *_: not partitioned or kind != "foreign_key_constraint",
         )
         with context.begin_transaction():
             context.run_migrations()
+    for line in applied:
+        context.config.print_stdout("%s", line)
 
 
 def configure(**options: object) -> None:

@@ -33,7 +33,9 @@ def serve(port: int, **options: Any) -> None:
             os.environ["DATABASE_URL"] = database_url
             # In a process group of its own: a Ctrl-C reaches this process alone, which then ends the migration without
             # a traceback. PostgreSQL rolls it back.
-            subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], check=True, process_group=0)
+            # The clone's path may have a `%` in it (alembic.ini).
+            migrate = [sys.executable, "-m", "alembic", "--name=pyproject", "upgrade", "head"]
+            subprocess.run(migrate, check=True, process_group=0)
             threading.Thread(target=announce, args=(port,), daemon=True).start()
             # In this process, not in a child: every signal is uvicorn's own, and nothing can be left behind.
             click.get_current_context().invoke(uvicorn.main, port=port, **options)

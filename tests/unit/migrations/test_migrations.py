@@ -1,6 +1,10 @@
 import asyncio
+import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -8,10 +12,26 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
+from devtools import ROOT
 from support.database import alembic_process, execute, run_alembic
 
 TABLES = "SELECT array_agg(tablename::text ORDER BY tablename) FROM pg_tables WHERE schemaname = 'mem0_cc'"
 ALL_TABLES = ["base_log", "event_log", "prompt_trace"]
+OWN_TABLE = """
+
+class Note(Base):
+    \"\"\"A table of the service's own.\"\"\"
+
+    __tablename__ = "note"
+    __table_args__ = (sa.UniqueConstraint("title", "kind"), sa.CheckConstraint("title <> ''", name="title_not_empty"))
+
+    id: Mapped[int] = mapped_column(sa.Identity(), primary_key=True)
+    base_log_id: Mapped[UUID | None] = mapped_column(ForeignKey(BaseLog.id, ondelete="SET NULL"), index=True)
+    title: Mapped[str] = mapped_column(Text, unique=True)
+    kind: Mapped[str] = mapped_column(String(9), server_default="plain")
+    extra: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sa.text("'{}'"))
+    written: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=sa.func.now())
+"""
 
 
 async def fetchval(url: str, query: str) -> object:
@@ -26,13 +46,52 @@ def assert_done(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: str) -> None:
-    assert_done(alembic_process(empty_database_url, "upgrade", "head"))
+async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: str, tmp_path: Path) -> None:
+    """From any directory, and each prints the revisions that it has applied."""
+    revision = "5ab77549065e: Create schema `mem0_cc` with `base_log`, `prompt_trace` and `event_log`.\n"
+    elsewhere = partial(alembic_process, empty_database_url, f"--config={ROOT}/alembic.ini", clone=tmp_path)
+    for printed in (f"Upgraded to {revision}", ""):
+        upgraded = elsewhere("upgrade", "head")
+        assert_done(upgraded)
+        assert (upgraded.stdout, upgraded.stderr) == (printed, "")
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
-    assert_done(run_alembic(empty_database_url, "downgrade", "base"))
+    downgraded = elsewhere("downgrade", "base")
+    assert_done(downgraded)
+    assert downgraded.stdout == f"Downgraded from {revision}"
     assert await fetchval(empty_database_url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'mem0_cc'") == 0
     assert_done(run_alembic(empty_database_url, "upgrade", "head"))
     assert await fetchval(empty_database_url, TABLES) == ALL_TABLES
+
+
+def copied(to: Path) -> Path:
+    to.mkdir()
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, to)
+    for name in ("migrations", "src"):
+        shutil.copytree(ROOT / name, to / name)
+    return to
+
+
+def test_a_clone_whose_path_has_a_percent_sign_migrates(empty_database_url: str, tmp_path: Path) -> None:
+    clone = copied(tmp_path / "50% %(here)s %s")
+    for command in ("upgrade head", "check"):
+        assert_done(alembic_process(empty_database_url, "--name=pyproject", *command.split(), clone=clone))
+
+
+def test_a_migration_made_for_a_table_of_ones_own_is_complete_and_passes_the_linter(
+    database_url: str, tmp_path: Path
+) -> None:
+    clone = copied(tmp_path / "clone")
+    models = clone / "src/backend/cc/mem0_models.py"
+    docstring, code = models.read_text().split("\n", 1)
+    models.write_text(f"{docstring}\nimport sqlalchemy as sa\n{code}\n{OWN_TABLE}")
+    for command in ("revision --autogenerate -m notes", "upgrade head", "check"):
+        assert_done(alembic_process(database_url, *command.split(), clone=clone))
+    (migration,) = clone.glob("migrations/versions/ae_*_notes.py")
+    for command in ("format", "check"):
+        ruff = [sys.executable, "-m", "ruff", command, migration]
+        assert_done(subprocess.run(ruff, cwd=clone, capture_output=True, text=True, check=False))
+    assert migration.read_text().count('op.f("uq_note_title') == 2
 
 
 async def test_check_finds_no_drift_beside_other_peoples_schemas(database_url: str) -> None:
@@ -105,7 +164,7 @@ async def test_odd_characters_in_the_password_are_no_problem(database_url: str, 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("postgresql://u:secret@127.0.0.1:1/d", "FAILED: the database is unavailable (SQLSTATE 08001)"),
+        ("postgresql://u:secret@127.0.0.1:1/d", "FAILED: the database is unavailable (ConnectionRefusedError)"),
         ("mysql://u:secret@h/d", "must begin with postgres://"),
         ("", "Field required"),
     ],

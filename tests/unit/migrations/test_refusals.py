@@ -1,14 +1,11 @@
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from devtools import ROOT
-from support.database import alembic_process, execute, new_database, run_alembic
+from support.database import execute, new_database, run_alembic
 
 
 async def refused(url: str, *command: str) -> str:
@@ -70,15 +67,3 @@ async def test_a_role_that_is_named_like_the_schema_is_refused_in_a_line(url_of_
     await execute(url_of_role_mem0_cc, "CREATE SCHEMA mem0_cc")
     line = await refused(url_of_role_mem0_cc, "upgrade", "head")
     assert line.startswith("FAILED: search_path must begin with a schema for Alembic's own table, and not with mem0_cc")
-
-
-async def test_a_clone_whose_path_has_a_percent_sign_migrates(empty_database_url: str, tmp_path: Path) -> None:
-    clone = tmp_path / "50% %(here)s %s"
-    clone.mkdir()
-    for name in ("alembic.ini", "pyproject.toml"):
-        shutil.copy(ROOT / name, clone)
-    for name in ("migrations", "src"):
-        shutil.copytree(ROOT / name, clone / name)
-    for command in (["upgrade", "head"], ["check"]):
-        migrated = await asyncio.to_thread(alembic_process, empty_database_url, *command, clone=clone)
-        assert migrated.returncode == 0, migrated.stdout + migrated.stderr
