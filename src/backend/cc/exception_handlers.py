@@ -41,7 +41,7 @@ def add_exception_handlers(app: FastAPI) -> None:
     """Register the handlers on `app`."""
     app.add_exception_handler(RequestValidationError, invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(DatabaseUnavailableError, database_unavailable)  # type: ignore[arg-type]
-    app.add_exception_handler(SQLAlchemyError, failed_query)  # type: ignore[arg-type]
+    app.add_exception_handler(SQLAlchemyError, database_unavailable)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, internal_error)
 
 
@@ -57,23 +57,20 @@ async def internal_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "Internal Server Error", "request_id": request.state.request_id}, status_code=500)
 
 
-async def failed_query(connection: HTTPConnection, error: SQLAlchemyError) -> JSONResponse | None:
-    """Answer 503 if an endpoint's own query failed because the database can't be used now; otherwise 500."""
+async def database_unavailable(
+    connection: HTTPConnection, error: DatabaseUnavailableError | SQLAlchemyError
+) -> JSONResponse | None:
+    """Answer 503 if a retry may help; close a WebSocket that is open. What else failed in your own query is a 500."""
     meaning = database_error(error)
     if not isinstance(meaning, DatabaseUnavailableError):
         raise error
-    return await database_unavailable(connection, meaning)
-
-
-async def database_unavailable(connection: HTTPConnection, error: DatabaseUnavailableError) -> JSONResponse | None:
-    """Answer 503: the request is not to blame, and a retry may help. Close a WebSocket that is open."""
     path = getattr(connection.scope.get("route"), "path", "")
-    logger.warning("%s %s: 503, %s", connection.scope.get("method", "WS"), path, error)
+    logger.warning("%s %s: 503, %s", connection.scope.get("method", "WS"), path, meaning)
     if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it is closed already
             await connection.close(status.WS_1013_TRY_AGAIN_LATER)
         return None
     answer = Unavailable(
-        detail="The database is unavailable.", request_id=connection.state.request_id, record_id=error.record_id
+        detail="The database is unavailable.", request_id=connection.state.request_id, record_id=meaning.record_id
     )
     return JSONResponse(answer.model_dump(mode="json"), status_code=503, headers={"Retry-After": "5"})

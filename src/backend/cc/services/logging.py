@@ -1,6 +1,7 @@
 """`log_l1`: write what happened into L1 memory, durable before it returns."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -131,31 +132,25 @@ def _write_for(session: AsyncSession, *, joins: bool) -> _Write:
 
 
 async def _through(session: AsyncSession, statement: str, values: Sequence[Any], *, known: bool) -> bool:
-    """Write through the session itself: join its transaction, or begin and commit one."""
+    """Do as `Writer.write` does, but through a session: join its transaction, or begin and commit one."""
     if (driver := session.get_bind(BaseLog).dialect.driver) != "asyncpg":
         raise ValueError(f"log_l1 needs a session on PostgreSQL through asyncpg, not {driver}")
+    limit = asyncio.timeout(getattr(session.info.get("database"), "seconds", None))
     try:
-        async with asyncio.timeout(getattr(session.info.get("database"), "seconds", None)):
-            if session.in_transaction():
-                return await _execute(session, statement, values, known=known)
-            async with session.begin():
-                return await _execute(session, statement, values, known=known)
+        async with limit, contextlib.nullcontext() if session.in_transaction() else session.begin():
+            transaction = session.sync_session.get_transaction()
+            connection = await session.connection(bind_arguments={"mapper": BaseLog})
+            is_stored = (await connection.exec_driver_sql(statement, tuple(values))).first() is not None
+            if known and not is_stored:
+                await connection.exec_driver_sql(BARRIER)
+            if session.sync_session.get_transaction() is transaction:
+                return is_stored or known
+        # A concurrent task has ended the transaction. SQLAlchemy then began another one, which nothing commits.
+        failure = DatabaseError("the session's transaction has ended: tasks must not share a session", "shared")
     except DATABASE_ERRORS as error:
         failure = database_error(error)
     # Outside of the `except`: the original's text repeats the row, and as `__context__` it would still be printed.
     raise failure
-
-
-async def _execute(session: AsyncSession, statement: str, values: Sequence[Any], *, known: bool) -> bool:
-    transaction = session.sync_session.get_transaction()
-    connection = await session.connection(bind_arguments={"mapper": BaseLog})
-    is_stored = (await connection.exec_driver_sql(statement, tuple(values))).first() is not None
-    if known and not is_stored:
-        await connection.exec_driver_sql(BARRIER)
-    if session.sync_session.get_transaction() is not transaction:
-        # A concurrent task has ended the transaction. SQLAlchemy then began another one, which nothing commits.
-        raise DatabaseError("the session's transaction has ended meanwhile: tasks must not share a session", "shared")
-    return is_stored or known
 
 
 # Each statement writes a whole record, atomic by itself. ON CONFLICT makes it safe to repeat. The id is in every part,
