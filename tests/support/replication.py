@@ -1,17 +1,15 @@
-"""A primary and a standby that streams from it, and an address that moves from the one to the other."""
+"""A primary and a standby that streams from it."""
 
-import asyncio
 import contextlib
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from sqlalchemy import make_url
 
 from devtools import postgres as embedded
-from devtools.ports import HOST
 from devtools.waiting import until
 from support.cluster import Postgres, fetch
 from support.database import with_database
@@ -101,36 +99,3 @@ def _set(url: str, setting: str) -> None:
     """Change a setting of a running server, also for the connections that it has."""
     for statement in (f"ALTER SYSTEM SET {setting}", "SELECT pg_reload_conf()"):
         fetch(url, statement)
-
-
-class Address:
-    """A TCP address that leads to one server, and after a change of `server` to another.
-
-    Connections stay where they are, as do those that were made through a name before it moved.
-    """
-
-    def __init__(self, server: Postgres) -> None:
-        self.server, self.url = server, ""
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection."""
-        socket = self.server.server.socket / ".s.PGSQL.5432"
-        answers, requests = await asyncio.open_unix_connection(socket)
-        await asyncio.gather(_copy(reader, requests), _copy(answers, writer))
-
-
-@contextlib.asynccontextmanager
-async def address(server: Postgres) -> AsyncIterator[Address]:
-    """Serve an address from the running event loop."""
-    moving = Address(server)
-    async with await asyncio.start_server(moving.accept, HOST, 0) as listening:
-        url = make_url(server.url).set(host=HOST, port=listening.sockets[0].getsockname()[1], query={})
-        moving.url = f"{url.render_as_string(hide_password=False)}?sslmode=disable"
-        yield moving
-
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await source.read(65_536):
-            target.write(data)
-    target.close()

@@ -1,4 +1,4 @@
-"""A proxy in front of PostgreSQL that counts what a client sends, and can stand for a server that is further away."""
+"""A proxy in front of PostgreSQL that counts what a client sends. It can be further away, or lead to another server."""
 
 import contextlib
 import socket
@@ -27,10 +27,13 @@ class Wire:
 
     Attributes:
         url: A database URL that leads through the proxy.
+        server: The URL that new connections lead to. If it changes, open ones stay where they are, as they do if a name
+            moves.
         messages: How many frontend messages have passed, by their type. The first one of a connection has none.
     """
 
     url: str
+    server: str
     messages: Counter[bytes] = field(default_factory=Counter)
 
     @property
@@ -51,13 +54,13 @@ def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
     Yields:
         What passes.
     """
-    url = make_url(database_url)
-    directory, port = url.query.get("host"), url.query.get("port", "5432")
 
     class Connection(socketserver.StreamRequestHandler):
         disable_nagle_algorithm = True
 
         def handle(self) -> None:
+            url = make_url(wire.server)
+            directory, port = url.query.get("host"), url.query.get("port", "5432")
             postgres = socket.socket(socket.AF_UNIX if directory else socket.AF_INET)
             postgres.connect(f"{directory}/.s.PGSQL.{port}" if directory else (url.host or HOST, url.port or 5432))
             answers = threading.Thread(target=_copy, args=(postgres, self.connection), daemon=True)
@@ -80,8 +83,8 @@ def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
 
     with socketserver.ThreadingTCPServer((HOST, 0), Connection) as server:
         server.daemon_threads = True
-        proxied = url.set(host=HOST, port=server.server_address[1], query={"sslmode": "disable"})
-        wire = Wire(proxied.render_as_string(hide_password=False))
+        proxied = make_url(database_url).set(host=HOST, port=server.server_address[1], query={"sslmode": "disable"})
+        wire = Wire(proxied.render_as_string(hide_password=False), database_url)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield wire
