@@ -45,15 +45,15 @@ async def test_every_key_goes_where_it_belongs_and_the_rest_into_the_payload(
 ) -> None:
     body = {
         "role": "assistant",
-        "content": "Paris.",
+        "content": "a\0b",
         "tokens_in": 12.0,
-        "tokens_out": 2**31 - 1,
+        "tokens_out": "2147483647",
         "event_type": "model.answered",
         "payload": {"model": "small", "nested": {"payload": None}},
         "more": [1],
     }
     assert await stored(db, (await client.post("/test-log", json=body)).json()) == (
-        {"role": "assistant", "content": "Paris.", "tokens_in": 12, "tokens_out": 2**31 - 1},
+        {"role": "assistant", "content": "a\ufffdb", "tokens_in": 12, "tokens_out": 2**31 - 1},
         {
             "event_type": "model.answered",
             "payload": {"model": "small", "nested": {"payload": None}, "more": [1]},
@@ -61,43 +61,38 @@ async def test_every_key_goes_where_it_belongs_and_the_rest_into_the_payload(
     )
 
 
-async def test_an_empty_object_is_enough(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
-    _, event = await stored(db, (await client.post("/test-log", json={})).json())
-    assert event == {"event_type": "test_log", "payload": {}}
-
-
-async def test_the_media_type_may_have_parameters(client: httpx.AsyncClient) -> None:
-    headers = {"content-type": "Application/JSON; charset=utf-8"}
-    assert (await client.post("/test-log", content="{}", headers=headers)).status_code == 200
-
-
 @pytest.mark.parametrize(
     ("body", "location"),
     [
-        ({"role": ""}, ["body", "role"]),
-        ({"role": 5}, ["body", "role"]),
-        ({"role": None}, ["body", "role"]),
-        ({"role": "r" * 256}, ["body", "role"]),
-        ({"content": ["secret"]}, ["body", "content"]),
-        ({"tokens_in": -1}, ["body", "tokens_in"]),
-        ({"tokens_in": 1.5}, ["body", "tokens_in"]),
-        ({"tokens_out": 2**31}, ["body", "tokens_out"]),
-        ({"tokens_out": True}, ["body", "tokens_out"]),
-        ({"tokens_out": "1"}, ["body", "tokens_out"]),
-        ({"event_type": ""}, ["body", "event_type"]),
-        ({"event_type": {"secret": 1}}, ["body", "event_type"]),
-        ({"payload": ["secret"]}, ["body", "payload"]),
-        ({"payload": {"secret": 1}, "secret": 2}, ["body"]),
-        (["secret"], ["body"]),
-        ("secret", ["body"]),
-        (None, ["body"]),
+        (b"", ["body"]),
+        (b"null", ["body"]),
+        (b'["secret"]', ["body"]),
+        (b'"secret"', ["body"]),
+        (b"{", ["body", 1]),
+        (b"{}{}", ["body", 2]),
+        (b'{"k": "secret\0"}', ["body", 13]),
+        (b'{"role": ""}', ["body", "role"]),
+        (b'{"role": 5}', ["body", "role"]),
+        (b'{"role": null}', ["body", "role"]),
+        (b'{"role": "' + b"r" * 256 + b'"}', ["body", "role"]),
+        (rb'{"role": "secret\ud800"}', ["body", "role"]),
+        (b'{"content": ["secret"]}', ["body", "content"]),
+        (b'{"tokens_in": -1}', ["body", "tokens_in"]),
+        (b'{"tokens_in": 1.5}', ["body", "tokens_in"]),
+        (b'{"tokens_in": NaN}', ["body", "tokens_in"]),
+        (b'{"tokens_out": 2147483648}', ["body", "tokens_out"]),
+        (b'{"tokens_out": "secret"}', ["body", "tokens_out"]),
+        (b'{"event_type": ""}', ["body", "event_type"]),
+        (b'{"event_type": {"secret": 1}}', ["body", "event_type"]),
+        (b'{"payload": ["secret"]}', ["body", "payload"]),
+        (b'{"payload": null}', ["body", "payload"]),
+        (b'{"payload": {"secret": 1}, "secret": 2}', ["body"]),
     ],
-    ids=repr,
 )
-async def test_a_wrong_body_is_a_422_that_says_where_and_leaves_nothing(
-    client: httpx.AsyncClient, db: asyncpg.Connection, body: object, location: list[str]
+async def test_a_wrong_body_is_a_422_that_says_where_and_repeats_and_leaves_nothing(
+    client: httpx.AsyncClient, db: asyncpg.Connection, body: bytes, location: list[str | int]
 ) -> None:
-    response = await client.post("/test-log", content=json.dumps(body), headers=JSON)
+    response = await client.post("/test-log", content=body, headers=JSON)
     assert response.status_code == 422
     (problem,) = response.json()["detail"]
     assert problem.keys() == {"type", "loc", "msg"}
@@ -107,30 +102,40 @@ async def test_a_wrong_body_is_a_422_that_says_where_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    "body",
     [
-        (b"", 422),
-        (b"{", 422),
-        (b"secret", 422),
-        (b'{"a": "\xff"}', 400),
-        (b'{"a": ' + b"1" * 200_000 + b"}", 400),
-        (b'{"a":' + b"[" * 100_000, 400),
+        b'{"a": "secret\xff"}',
+        b'{"a": ' + b"1" * 200_000 + b"}",
+        b'{"tokens_in": -' + b"1" * 200_000 + b"}",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b"[" * 100_000,
     ],
-    ids=["nothing", "a brace", "a word", "not UTF-8", "a long number", "many brackets"],
+    ids=["not UTF-8", "a long number", "a long number of tokens", "many objects", "many brackets"],
 )
-async def test_what_is_not_json_is_refused_and_not_repeated(
-    client: httpx.AsyncClient, body: bytes, status: int
-) -> None:
+async def test_what_cannot_be_read_as_json_is_a_400_and_not_repeated(client: httpx.AsyncClient, body: bytes) -> None:
     response = await client.post("/test-log", content=body, headers=JSON)
-    assert response.status_code == status
+    assert response.status_code == 400
     assert "secret" not in response.text
 
 
-@pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
-async def test_another_media_type_is_a_422(client: httpx.AsyncClient, media_type: str | None) -> None:
-    headers = {"content-type": media_type} if media_type else {}
-    response = await client.post("/test-log", content=b'{"message": "hello"}', headers=headers)
-    assert response.status_code == 422
+@pytest.mark.parametrize(
+    ("media_type", "status"),
+    [
+        ("Application/JSON; charset=utf-8", 200),
+        (None, 422),
+        ("", 422),
+        ("text/plain", 422),
+        ("application/x-www-form-urlencoded", 422),
+        ("application/jsonp", 422),
+    ],
+)
+async def test_a_body_is_json_only_if_it_says_so(
+    client: httpx.AsyncClient, media_type: str | None, status: int
+) -> None:
+    """A browser asks before it sends JSON to another origin; other media types it sends without asking."""
+    headers = {} if media_type is None else {"content-type": media_type}
+    response = await client.post("/test-log", content=b"{}", headers=headers)
+    assert response.status_code == status
 
 
 async def test_a_client_that_leaves_before_its_body_is_complete_is_no_error_of_ours(app: FastAPI) -> None:
@@ -145,11 +150,3 @@ async def test_a_client_that_leaves_before_its_body_is_complete_is_no_error_of_o
     scope = {"type": "http", "method": "POST", "path": "/test-log", "headers": [(b"content-type", b"application/json")]}
     await app({**scope, "query_string": b""}, receive, send)
     assert sent[0]["status"] == 400
-
-
-async def test_text_that_postgresql_cannot_store_is_stored_with_replacement_characters(
-    client: httpx.AsyncClient, db: asyncpg.Connection
-) -> None:
-    response = await client.post("/test-log", content=rb'{"role": "\ud800", "content": "\u0000"}', headers=JSON)
-    assert response.status_code == 200
-    assert tuple(await db.fetchrow("SELECT role, content FROM mem0_cc.prompt_trace")) == ("\ufffd", "\ufffd")
