@@ -210,6 +210,7 @@ async def test_a_repeated_record_is_acknowledged_only_once_the_standby_has_it(
 ) -> None:
     """The first attempt has committed on the primary, and its wait for the standby has ended."""
     url, refused = pair.primary.url, 0
+    waits = "wait_event = 'SyncRep' AND backend_type = 'client backend'"
 
     async def insist() -> UUID:
         nonlocal refused
@@ -224,7 +225,7 @@ async def test_a_repeated_record_is_acknowledged_only_once_the_standby_has_it(
 
     def waiting() -> set[int]:
         with contextlib.suppress(asyncpg.PostgresError, OSError):  # it recovers from the kill
-            return {row["pid"] for row in fetch(url, "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")}
+            return {row["pid"] for row in fetch(url, f"SELECT pid FROM pg_stat_activity WHERE {waits}")}
         return set()
 
     def repeated() -> bool:
