@@ -1,12 +1,14 @@
 """Group commit: records that wait are written together, in one round trip."""
 
 import asyncio
+import bisect
 import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import asyncpg
@@ -29,20 +31,27 @@ class _Record:
     statement: str
     values: Sequence[Any]
     deadline: float
-    outcome: asyncio.Future[bool | DatabaseError]
     size: int
     known: bool  # its id may be stored already, or be in another transaction that it must wait for
+    ended: asyncio.Future[None]
+    result: bool | DatabaseError | None = None
     tried: bool = False  # it has failed once, with others or on a connection that died
+    left: bool = False  # its caller was cancelled
 
     @property
     def alone(self) -> bool:
         return self.known or self.tried or self.size > BATCH_CHARACTERS
 
-    def end(self, outcome: bool | DatabaseError) -> None:  # noqa: FBT001 - what `write` returns or raises
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
-        elif self.outcome.cancelled() and isinstance(outcome, DatabaseError):
-            logger.error("Record %s, whose caller was cancelled, is not stored: %s", self.values[0], outcome)
+    def end(self, result: bool | DatabaseError) -> None:  # noqa: FBT001 - what `write` returns or raises
+        self.result = result
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self.report()
+
+    def report(self) -> None:
+        if self.left and self.result not in (None, True):
+            reason = self.result or "a trigger has suppressed it"
+            logger.error("Record %s, whose caller was cancelled, may be lost: %s", self.values[0], reason)
 
 
 class Writer:
@@ -90,22 +99,27 @@ class Writer:
             raise DatabaseUnavailableError(f"{QUEUE_MAX} records wait for the database", "QueueFull")
         size = sum(len(value) for value in values if isinstance(value, str))
         deadline = self._loop.time() + self._seconds
-        record = _Record(statement, values, deadline, self._loop.create_future(), size, known)
+        record = _Record(statement, values, deadline, size, known, self._loop.create_future())
         self._queues.setdefault(statement, deque()).append(record)
         self._wake()
-        outcome = await record.outcome
-        if isinstance(outcome, DatabaseError):
-            raise outcome
-        return outcome
+        try:
+            await record.ended
+        except asyncio.CancelledError:
+            record.left = True
+            record.report()
+            raise
+        if isinstance(record.result, DatabaseError):
+            raise record.result
+        return bool(record.result)
 
     async def aclose(self) -> None:
         """Write what waits, for as long as a record may take, and close the connections."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._seconds + 1):  # the last record's own timeout ends first
                 while self._tasks:
                     await asyncio.wait(self._tasks)
         self._discard_idle()
-        while self._closing:
+        if self._closing:
             await asyncio.wait(self._closing)
 
     def _wake(self) -> None:
@@ -175,13 +189,14 @@ class Writer:
         state = error.sqlstate or "" if isinstance(error, asyncpg.PostgresError) else None
         is_good = connection and not (state is None or state in STALE_CONNECTION or connection.is_closed())
         is_final = connection is None or (len(batch) == 1 and (is_good or isinstance(error, TimeoutError)))
-        for record in reversed(batch):
+        for record in batch:
             if is_final or record.tried:
                 record.end(database_error(error))
             else:
                 record.tried = True
                 record.known |= state is None or state.startswith(UNKNOWN_OUTCOME)
-                self._queues[record.statement].appendleft(record)
+                # Where it was, in front of what arrived later: tasks that failed may return records in any order.
+                bisect.insort_left(self._queues[record.statement], record, key=attrgetter("deadline"))
         if connection is None or is_good:
             return connection
         if not isinstance(error, TimeoutError):  # a server that ended one, or became read-only, has others like it
