@@ -17,6 +17,13 @@ CREATE ROLE cc_runtime LOGIN;
 GRANT USAGE ON SCHEMA mem0_cc TO cc_runtime;
 -- PostgreSQL's own default. Where the server's is stricter, concurrent records would refuse each other for nothing.
 ALTER ROLE cc_runtime SET default_transaction_isolation = 'read committed';
+-- A statement that waits for a lock ends soon after its client has gone. Otherwise its server process would wait on, and
+-- those of a few seconds fill max_connections. PostgreSQL 13 and older have no such setting.
+DO $$ BEGIN
+    IF current_setting('server_version_num')::int >= 140000 THEN
+        ALTER ROLE cc_runtime SET client_connection_check_interval = '1s';
+    END IF;
+END $$;
 ALTER DEFAULT PRIVILEGES FOR ROLE cc_migrations IN SCHEMA mem0_cc GRANT INSERT ON TABLES TO cc_runtime;
 
 COMMIT;

@@ -40,7 +40,7 @@ def printable(text: str) -> str:
     r"""Return `text` with an escape, e.g. `\n` or `\x1b`, in place of what isn't printed but ends or changes a line."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def configure_logging(*names: str) -> None:

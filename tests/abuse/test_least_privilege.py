@@ -1,6 +1,8 @@
 """The service runs as a role that can add records and nothing else: docs/roles.sql, executed."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +14,8 @@ from sqlalchemy import make_url
 
 from devtools import ROOT
 from devtools.service import running_service
+from devtools.waiting import until
+from support.cluster import locked, waiting
 from support.database import execute, run_alembic, with_database
 
 ROLES = ("cc_runtime", "cc_migrations")
@@ -84,6 +88,25 @@ def test_the_service_runs_as_a_role_that_can_only_insert(urls: dict[str, str], t
             await connection.close()
 
     asyncio.run(try_everything_else())
+
+
+INSERT = """
+import asyncio, asyncpg, sys
+async def insert():
+    connection = await asyncpg.connect(sys.argv[1])
+    await connection.execute("INSERT INTO mem0_cc.base_log DEFAULT VALUES")
+asyncio.run(insert())
+"""
+
+
+def test_a_statement_whose_client_has_gone_stops_waiting(postgres_url: str, urls: dict[str, str]) -> None:
+    url = with_database(postgres_url, str(make_url(urls["cc_runtime"]).database))
+    with locked(url):
+        client = subprocess.Popen([sys.executable, "-c", INSERT, urls["cc_runtime"]])
+        until(lambda: waiting(url) == 1, what="the statement waits for the lock")
+        client.kill()
+        client.wait()
+        until(lambda: waiting(url) == 0, 5, "its server process has ended")
 
 
 def test_the_role_for_migrations_can_go_back(urls: dict[str, str]) -> None:

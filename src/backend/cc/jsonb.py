@@ -11,6 +11,9 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+# PostgreSQL's limit for a field, and for a message with all the fields of a record, is 1 GB. It closes the connection
+# over a longer one.
+BYTES_MAX: Final = 2**30 - 2**13
 DEPTH_MAX: Final = 128  # levels of nesting: fewer than Python and PostgreSQL allow in any configuration
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 # `sort_keys` raises for keys of mixed types. That catches 1 and "1", which would become one name in JSON.
@@ -24,8 +27,15 @@ def clean_text(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
+def is_too_long(text: str) -> bool:
+    """Return whether `text`, cleaned, has more than BYTES_MAX bytes."""
+    if 4 * len(text) <= BYTES_MAX:  # the usual case, without encoding it; no character has more bytes
+        return False
+    return len(text.encode(errors="surrogatepass")) + 2 * text.count("\0") > BYTES_MAX
+
+
 def to_jsonb(payload: Mapping[str, Any]) -> str:
-    r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Never raises for a value in it.
+    r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Raises ValueError if that is too long, 1 GB.
 
     - NUL and lone surrogates become U+FFFD, in keys too.
     - Keys that become equal, as 1 and "1" do, get a number.
@@ -37,13 +47,21 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     - A container inside itself becomes "[repeated]".
     - An object that can't be converted becomes "[unserializable <its class>]".
     """
+    text = _as_it_is(payload) or _dumps(_clean(payload))
+    if is_too_long(text):
+        raise ValueError("payload must be at most 1 GB of JSON")
+    return text
+
+
+def _as_it_is(payload: Mapping[str, Any]) -> str | None:
+    """Return a payload as JSON, or None if something in it must be cleaned. Most payloads need only this look."""
     with contextlib.suppress(Exception):  # a value's own code may raise anything
         text = _dumps(payload)
         text.encode()  # raises for a lone surrogate
-        # Most payloads need only this look. Text can't be nested deeper than the number of its brackets.
+        # Text can't be nested deeper than the number of its brackets.
         if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text
-    return _dumps(_clean(payload))
+    return None
 
 
 def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: C901, PLR0911 - a branch for each kind of value

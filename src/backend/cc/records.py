@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from backend.cc.jsonb import is_too_long
 from backend.cc.mem0_models import NAME_LENGTH
 
 TOKENS_MAX: Final = 2**31 - 1  # PostgreSQL's `integer`
@@ -15,7 +16,7 @@ class PromptRecord:
 
     Args:
         role: The speaker, e.g. "user" or "assistant": 1 to 255 characters.
-        content: The text, of any length that PostgreSQL takes (1 GB); may be empty.
+        content: The text, at most 1 GB in UTF-8 (PostgreSQL's limit, less 8 KB); may be empty.
         tokens_in: Tokens that the model read, 0 to 2,147,483,647.
         tokens_out: Tokens that the model wrote, 0 to 2,147,483,647.
     """
@@ -27,8 +28,8 @@ class PromptRecord:
 
     def __post_init__(self) -> None:
         check_name("role", self.role)
-        if not isinstance(self.content, str):
-            raise ValueError("content must be a string")
+        if not isinstance(self.content, str) or is_too_long(self.content):
+            raise ValueError("content must be a string of at most 1 GB")
         for field, value in (("tokens_in", self.tokens_in), ("tokens_out", self.tokens_out)):
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TOKENS_MAX:
                 raise ValueError(f"{field} must be an integer of 0 to {TOKENS_MAX}")

@@ -3,6 +3,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from backend.cc import jsonb
+from backend.cc.jsonb import clean_text
 from backend.cc.records import EventRecord, PromptRecord, Record
 
 
@@ -31,6 +33,17 @@ def test_a_wrong_record_is_a_value_error_that_names_the_field(build: Callable[[]
 def test_the_bounds_themselves_are_right() -> None:
     PromptRecord("r" * 255, "", tokens_in=0, tokens_out=2**31 - 1)
     EventRecord("e" * 255, {})
+
+
+@pytest.mark.parametrize(("character", "most"), [("x", 12), ("é", 6), ("😀", 3), ("\0", 4), ("\ud800", 4)])
+def test_the_longest_prompt_is_counted_in_bytes_as_they_are_stored(
+    monkeypatch: pytest.MonkeyPatch, character: str, most: int
+) -> None:
+    monkeypatch.setattr(jsonb, "BYTES_MAX", 12)
+    assert len(clean_text(character * most).encode()) == 12
+    PromptRecord("user", character * most)
+    with pytest.raises(ValueError, match="^content must be a string of at most 1 GB"):
+        PromptRecord("user", character * (most + 1))
 
 
 def test_a_record_cannot_be_changed() -> None:
