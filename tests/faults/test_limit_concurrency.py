@@ -1,4 +1,4 @@
-"""What uvicorn's `--limit-concurrency` does to requests that would wait for the database. See docs/scaling.md."""
+"""What uvicorn's `--limit-concurrency` does to requests that would wait for the database. See docs/operations.md."""
 
 import socket
 import time

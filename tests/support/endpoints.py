@@ -10,6 +10,7 @@ from sqlalchemy import text
 from backend.cc.cc_main import app
 from backend.cc.deps import DBSession, LogL1
 from backend.cc.records import EventRecord, PromptRecord
+from backend.cc.services.logging import log_l1 as log_into
 
 __all__ = ["app"]
 
@@ -23,11 +24,11 @@ async def query(session: DBSession) -> None:
 
 
 @app.post("/joined")
-async def joined(content: Text, session: DBSession, log_l1: LogL1) -> None:
+async def joined(content: Text, session: DBSession) -> None:
     """Log inside the transaction that an earlier query began."""
     await session.execute(text("SELECT 1"))
-    await log_l1(PromptRecord("user", content))
-    await log_l1(EventRecord("joined", {"content": content}))
+    await log_into(session, PromptRecord("user", content))
+    await log_into(session, EventRecord("joined", {"content": content}))
 
 
 @app.post("/refused-query")
@@ -44,10 +45,10 @@ async def crash(content: Text, log_l1: LogL1) -> None:
 
 
 @app.post("/crash-in-transaction")
-async def crash_in_transaction(content: Text, session: DBSession, log_l1: LogL1) -> None:
+async def crash_in_transaction(content: Text, session: DBSession) -> None:
     """The same with something still to be committed."""
     await session.execute(text("SELECT 1"))
-    await log_l1(PromptRecord("user", content))
+    await log_into(session, PromptRecord("user", content))
     try:
         raise ValueError(content)
     except ValueError as error:
@@ -72,14 +73,6 @@ async def refuse(session: DBSession, seconds: Annotated[float, Body(embed=True)]
     await session.execute(text("SELECT 1"))
     await asyncio.sleep(seconds)
     raise HTTPException(409)
-
-
-@app.post("/time-out")
-async def time_out(session: DBSession) -> None:
-    """Give up waiting for something that is not the database."""
-    await session.execute(text("SELECT 1"))
-    async with asyncio.timeout(0.01):
-        await asyncio.Event().wait()
 
 
 @app.post("/slow")
