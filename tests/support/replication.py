@@ -70,9 +70,9 @@ def replicated(origin: Postgres, database_url: str) -> Iterator[Pair]:
     with embedded.temporary_home() as home, contextlib.ExitStack() as stack:
         primary, standby = (Postgres(embedded.Server(home.parent / name)) for name in ("primary", "standby"))
         for server, source in ((primary, origin), (standby, primary)):
-            stack.callback(_end, server)
             _base_backup(source, server.server.home, *(["--write-recovery-conf"] if source is primary else []))
             server.start()
+            stack.callback(_end, server)
             server.url = with_database(server.url, str(make_url(database_url).database))
         until(lambda: fetch(primary.url, "SELECT FROM pg_stat_replication WHERE state = 'streaming'"))
         yield Pair(primary, standby)
@@ -90,9 +90,8 @@ def _base_backup(source: Postgres, home: Path, *options: str) -> None:
 
 
 def _end(server: Postgres) -> None:
-    if server.server.process is not None:
-        server.kill()
-        server.stop()
+    server.heal()  # one that was killed leaves shared memory behind, which only its next start finds
+    server.stop()
 
 
 def _set(url: str, setting: str) -> None:
