@@ -1,18 +1,15 @@
 """What uvicorn's `--limit-concurrency` does to requests that would wait for the database. See docs/operations.md."""
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from http import HTTPStatus
 
 import httpx
 import psutil
 
-from devtools.ports import HOST
 from devtools.service import Service
 from devtools.waiting import until
-from support.cluster import SLACK, TLS, Run, ids, locked, log, logged_ids, processes, stored
+from support.cluster import SLACK, Run, ids, locked, log, logged_ids, processes, stored
 
 LIMIT = 6
 ADMITTED = LIMIT - 1
@@ -61,18 +58,3 @@ def test_a_request_over_the_limit_is_a_503_at_once_and_no_acknowledged_record_is
     after = stored(database_url)
     assert after["base"] == before["base"] + 2 * ADMITTED + 2
     assert after["half"] == 0
-
-
-def test_idle_connections_count_against_the_limit_and_their_end_makes_room(run: Run) -> None:
-    with run("--limit-concurrency", str(LIMIT), "--timeout-keep-alive", "60") as service, ExitStack() as stack:
-        clients = [stack.enter_context(httpx.Client(verify=TLS)) for _ in range(ADMITTED)]
-
-        def send(client: httpx.Client) -> httpx.Response:
-            return client.post(f"{service.url}/test-log", json={})
-
-        assert {send(client).status_code for client in clients} == {HTTPStatus.OK}
-        with socket.create_connection((HOST, service.port)):
-            until(lambda: connections(service) == LIMIT, what="the service has accepted one connection more")
-            assert_refused_by_uvicorn(send(clients.pop()))
-            until(lambda: connections(service) == ADMITTED, what="the refused connection is closed")
-            assert send(clients[0]).status_code == HTTPStatus.OK

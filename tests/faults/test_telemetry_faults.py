@@ -149,7 +149,7 @@ def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> No
 
 def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run: Run, database_url: str) -> None:
     """Each of the ten connections would wait for the bound, one after the other."""
-    with run(CC_DB_TIMEOUT_SECONDS="5") as service, ThreadPoolExecutor(10) as pool:
+    with run(CC_DB_TIMEOUT_SECONDS="5", CC_DB_BATCH_SIZE="1") as service, ThreadPoolExecutor(10) as pool:
         with locked(database_url):
             answers = [pool.submit(log, service) for _ in range(10)]
             until(lambda: waiting(database_url) == 10)

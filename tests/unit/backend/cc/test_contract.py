@@ -1,137 +1,80 @@
 """When a record is committed, and what a rollback undoes: one row for each kind of session."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
 from sqlalchemy import NullPool, make_url, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncTransaction, create_async_engine
 
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.deps import get_log_l1
 from backend.cc.records import EventRecord
-from backend.cc.services.logging import BoundLogL1, log_l1
+from backend.cc.services.logging import log_l1
 
 EVENT = EventRecord("tool.called", {})
 
-
-class Transaction(Protocol):
-    async def commit(self) -> None: ...
-    async def rollback(self) -> None: ...
-
-
-class Way(NamedTuple):
-    """A session, and whose transaction decides."""
-
-    session: AsyncSession
-    transaction: Transaction
-
-
-Open = Callable[[str], AbstractAsyncContextManager[Way]]
-
-
-@asynccontextmanager
-async def of_database(url: str) -> AsyncIterator[Way]:
-    async with Database(Settings(database_url=url)) as database, database.session() as session:
-        yield Way(session, session)
-
-
-@asynccontextmanager
-async def another_engine(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
-    engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
-    yield engine
-    await engine.dispose()
-
-
-def of_another(**options: Any) -> Open:
-    @asynccontextmanager
-    async def of_another_engine(url: str) -> AsyncIterator[Way]:
-        async with another_engine(url, **options) as engine, AsyncSession(engine) as session:
-            yield Way(session, session)
-
-    return of_another_engine
-
-
-@asynccontextmanager
-async def bound(engine: AsyncEngine, bind: Callable[[AsyncConnection], AsyncSession]) -> AsyncIterator[Way]:
-    """SQLAlchemy's recipe for tests: whatever the session commits, the connection's transaction rolls it back."""
-    async with engine.connect() as connection:
-        transaction = await connection.begin()
-        async with bind(connection) as session:
-            yield Way(session, transaction)
-
-
-@asynccontextmanager
-async def bound_session(url: str) -> AsyncIterator[Way]:
-    async with (
-        another_engine(url) as engine,
-        bound(engine, partial(AsyncSession, join_transaction_mode="create_savepoint")) as way,
-    ):
-        yield way
-
-
-@asynccontextmanager
-async def bound_session_of_database(url: str) -> AsyncIterator[Way]:
-    async with (
-        Database(Settings(database_url=url)) as database,
-        bound(database.engine, lambda connection: database.session(bind=connection)) as way,
-    ):
-        yield way
-
-
-# How a session is made, and whether a record is committed when the call returns: inside a transaction, and otherwise.
-CONTRACT = {
-    "Database's": (of_database, False, True),
-    "another engine's": (of_another(), False, True),
-    "without a pool": (of_another(poolclass=NullPool), False, True),
-    "pinged first": (of_another(pool_pre_ping=True), False, True),
-    "SERIALIZABLE": (of_another(isolation_level="SERIALIZABLE"), False, True),
-    "AUTOCOMMIT": (of_another(isolation_level="AUTOCOMMIT"), True, True),
-    "bound": (bound_session, False, False),
-    "Database's, bound": (bound_session_of_database, False, False),
+# Of each kind of session its engine's options, and whether a record is committed when the call returns: inside a
+# transaction, by LogL1 and by log_l1, and outside of any.
+CONTRACT: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
+    "Database's": ({}, True, False, True),
+    "another engine's": ({}, False, False, True),
+    "another engine's without a pool": ({"poolclass": NullPool}, False, False, True),
+    "another engine's, pinged first": ({"pool_pre_ping": True}, False, False, True),
+    "another engine's, SERIALIZABLE": ({"isolation_level": "SERIALIZABLE"}, False, False, True),
+    "another engine's, AUTOCOMMIT": ({"isolation_level": "AUTOCOMMIT"}, True, True, True),
+    "Database's, bound to a connection": ({}, False, False, False),
+    "another engine's, bound to a connection": ({}, False, False, False),
 }
 
 
-async def bind(session: AsyncSession) -> BoundLogL1:
-    return partial(log_l1, session)
+@asynccontextmanager
+async def opened(url: str, kind: str) -> AsyncIterator[tuple[AsyncSession, AsyncSession | AsyncTransaction]]:
+    """Yield a session, and what decides: the session, or the transaction of the connection that it is bound to."""
+    async with AsyncExitStack() as stack:
+        if kind.startswith("Database's"):
+            database = await stack.enter_async_context(Database(Settings(database_url=url)))
+            engine, make = database.engine, database.session
+        else:
+            engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **CONTRACT[kind][0])
+            stack.push_async_callback(engine.dispose)
+            make = AsyncSession
+        if "bound" in kind:  # SQLAlchemy's recipe for tests
+            connection = await stack.enter_async_context(engine.connect())
+            transaction = await connection.begin()
+            session = make(bind=connection, join_transaction_mode="create_savepoint")
+            yield await stack.enter_async_context(session), transaction
+        else:
+            session = await stack.enter_async_context(make(bind=engine))
+            yield session, session
 
 
-CALLS = [
-    pytest.param(call, open_way, {True: inside, False: outside}, id=f"{name}: {kind}")
-    for kind, (open_way, inside, outside) in CONTRACT.items()
-    for name, call in (("log_l1", bind), ("LogL1", get_log_l1))
-    if (name, kind) != ("LogL1", "Database's")
-]
-CALLS.append(pytest.param(get_log_l1, of_database, {True: True, False: True}, id="LogL1"))
-
-
-@pytest.mark.parametrize(("call", "open_way", "committed"), CALLS)
+@pytest.mark.parametrize("name", ["LogL1", "log_l1"])
+@pytest.mark.parametrize("kind", CONTRACT)
 async def test_a_record_is_committed_when_the_contract_says_so(
-    database_url: str,
-    db: asyncpg.Connection,
-    call: Callable[[AsyncSession], Awaitable[BoundLogL1]],
-    open_way: Open,
-    committed: dict[bool, bool],
+    database_url: str, db: asyncpg.Connection, name: str, kind: str
 ) -> None:
     async def is_committed(record_id: UUID) -> bool:
         return bool(await db.fetchval("SELECT true FROM mem0_cc.event_log WHERE base_log_id = $1", record_id))
 
+    _, by_dependency, by_function, outside = CONTRACT[kind]
     for inside, end in product((True, False), ("commit", "rollback")):
-        async with open_way(database_url) as (session, transaction):
-            write = await call(session)
+        expected = outside if not inside else by_dependency if name == "LogL1" else by_function
+        async with opened(database_url, kind) as (session, transaction):
+            write = await get_log_l1(session) if name == "LogL1" else partial(log_l1, session)
             if inside:
                 await session.execute(text("SELECT 1"))
             record_id = await write(EVENT)
-            assert await is_committed(record_id) is committed[inside], (inside, end)
+            assert await is_committed(record_id) is expected, (inside, end)
             assert session.in_transaction() is inside
             await getattr(transaction, end)()
-            assert await is_committed(record_id) is (committed[inside] or end == "commit"), (inside, end)
+            assert await is_committed(record_id) is (expected or end == "commit"), (inside, end)
 
 
 async def test_a_record_joins_a_savepoint(session: AsyncSession, db: asyncpg.Connection) -> None:
