@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import ExceptionContext, event
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.cc.config import Settings
 from backend.cc.connection import connect
@@ -20,7 +20,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
 
     def __init__(self, settings: Settings) -> None:
         self.seconds = settings.cc_db_timeout_seconds  # of a record, and of each statement of a session
-        self._engine = create_async_engine(
+        self.engine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=partial(connect, settings, self.seconds, command_timeout=self.seconds),
             hide_parameters=True,
@@ -29,20 +29,15 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             pool_timeout=self.seconds,
             pool_use_lifo=True,  # the connection that was returned last is warm
         )
-        event.listen(self._engine.sync_engine, "checkout", _check)
-        event.listen(self._engine.sync_engine, "handle_error", _handle_error)
+        event.listen(self.engine.sync_engine, "checkout", _check)
+        event.listen(self.engine.sync_engine, "handle_error", _handle_error)
         # `close_resets_only=False`: a closed session takes no more queries. A query after the end of a request, in a
         # background task, would begin a transaction that nothing commits, and records would join it.
-        self._sessions = async_sessionmaker(expire_on_commit=False, close_resets_only=False, info={"database": self})
+        self._sessions = async_sessionmaker(
+            self.engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
+        )
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def engine(self) -> AsyncEngine:
-        """The engine of the sessions, an ordinary one."""
-        with contextlib.suppress(RuntimeError):  # it may be asked for before the event loop runs
-            self._enter()
-        return self._engine
 
     @property
     def writer(self) -> Writer:
@@ -52,16 +47,20 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
 
     def session(self, **options: Any) -> AsyncSession:
         """Return a new session, with SQLAlchemy's options. It opens a connection when it is first used for a query."""
-        return self._sessions(**{"bind": self.engine, **options})
+        with contextlib.suppress(RuntimeError):  # it may be made before the event loop runs
+            self._enter()
+        return self._sessions(**options)
 
     async def aclose(self) -> None:
         """Write what waits and close every connection, in `seconds` and 6 at most: a frozen server never answers."""
-        if self._loop is asyncio.get_running_loop():
+        if self._loop not in (None, asyncio.get_running_loop()):
+            return  # what another event loop has opened can't be closed in this one
+        if self._loop:
             await self._writer.aclose()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._engine.dispose()
-            self._loop = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.engine.dispose()
+        self._loop = None
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
@@ -74,7 +73,8 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             raise DatabaseError("another event loop uses this Database: make one for each", "RuntimeError")
         size, batch = self._settings.cc_db_pool_size, self._settings.cc_db_batch_size
         self._writer = Writer(partial(connect, self._settings), size=size, batch=batch, seconds=self.seconds)
-        self._engine.sync_engine.dispose(close=False)
+        if self._loop is not None:
+            self.engine.sync_engine.dispose(close=False)
         self._loop = loop
 
 

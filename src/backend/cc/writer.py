@@ -33,14 +33,11 @@ class _Record:
     deadline: float
     size: int
     known: bool  # its id may be stored already, or be in another transaction that it must wait for
+    alone: bool  # it shares no batch, because it may wait, take long, or fail again
     ended: asyncio.Future[None]
     result: bool | DatabaseError | None = None
     tried: bool = False  # it has failed once, with others or on a connection that died
     left: bool = False  # its caller was cancelled
-
-    @property
-    def alone(self) -> bool:
-        return self.known or self.tried or self.size > BATCH_CHARACTERS
 
     def end(self, result: bool | DatabaseError) -> None:  # noqa: FBT001 - what `write` returns or raises
         self.result = result
@@ -57,8 +54,8 @@ class _Record:
 class Writer:
     """Write records on up to `size` connections, in the event loop that runs when it is made.
 
-    A connection takes whatever waits, up to `batch` records of the same statement, as soon as it is free. Nothing waits
-    for a batch to fill, so a lone record goes at once. A batch is one round trip and one transaction.
+    A connection that is free takes what waits, up to `batch` records of one statement: one round trip, one transaction.
+    Nothing waits for a batch to fill, so a lone record goes at once.
 
     Args:
         connect: Returns a new asyncpg connection within so many seconds.
@@ -75,7 +72,7 @@ class Writer:
         self._queues: dict[str, deque[_Record]] = {}  # by statement, and each in the order of its deadlines
         self._idle: list[asyncpg.Connection] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starting: asyncio.Task[None] | None = None
+        self._starting = False  # whether a task is about to run
         self._closing: set[asyncio.Task[None]] = set()
 
     async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
@@ -98,8 +95,8 @@ class Writer:
         if sum(map(len, self._queues.values())) >= QUEUE_MAX:
             raise DatabaseUnavailableError(f"{QUEUE_MAX} records wait for the database", "QueueFull")
         size = sum(len(value) for value in values if isinstance(value, str))
-        deadline = self._loop.time() + self._seconds
-        record = _Record(statement, values, deadline, size, known, self._loop.create_future())
+        deadline, alone = self._loop.time() + self._seconds, known or size > BATCH_CHARACTERS
+        record = _Record(statement, values, deadline, size, known, alone, self._loop.create_future())
         self._queues.setdefault(statement, deque()).append(record)
         self._wake()
         try:
@@ -124,20 +121,20 @@ class Writer:
 
     def _wake(self) -> None:
         """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
-        is_starting = self._starting is not None and not self._starting.done()
-        if not is_starting and len(self._tasks) < self._size and any(self._queues.values()):
-            # In an empty context: it serves many callers, each with its own trace.
-            self._starting = self._loop.create_task(self._work(), context=Context())
-            self._starting.add_done_callback(self._ended)
-            self._tasks.add(self._starting)
+        if not self._starting and len(self._tasks) < self._size and any(self._queues.values()):
+            self._starting = True
+            task = self._loop.create_task(self._work(), context=Context())  # not in the first caller's trace
+            task.add_done_callback(self._ended)
+            self._tasks.add(task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._wake()  # for a record that came after its last look at the queues
+        self._starting = False  # it is still set if the task was cancelled before it ran
+        self._wake()  # for a record that came after the task's last look at the queues
 
     async def _work(self) -> None:
         """Write batches on one connection until nothing waits."""
-        self._starting = connection = None
+        self._starting, connection = False, None
         while batch := self._take():
             self._wake()  # what is left goes with another connection
             try:
@@ -193,7 +190,7 @@ class Writer:
             if is_final or record.tried:
                 record.end(database_error(error))
             else:
-                record.tried = True
+                record.tried = record.alone = True
                 record.known |= state is None or state.startswith(UNKNOWN_OUTCOME)
                 # Where it was, in front of what arrived later: tasks that failed may return records in any order.
                 bisect.insort_left(self._queues[record.statement], record, key=attrgetter("deadline"))
