@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from devtools import ROOT
 from devtools.postgres import server, temporary_home
 from support.database import execute, new_database, run_alembic, with_database
 
@@ -74,6 +75,31 @@ async def empty_database_url(postgres_url: str) -> AsyncIterator[str]:
     """A database with nothing in it."""
     async with new_database(postgres_url) as url:
         yield url
+
+
+@pytest.fixture
+def role_urls(postgres_url: str) -> Iterator[dict[str, str]]:
+    """A database in which docs/roles.sql and then the migrations were run: its URL for each of the two roles.
+
+    The roles have names of the test's own: on a server with other databases they may exist.
+    """
+    names = {role: f"{role}_{uuid4().hex}" for role in ("cc_runtime", "cc_migrations")}
+    name, sql = f"test_{uuid4().hex}", (ROOT / "docs/roles.sql").read_text()
+    for role, own in names.items():
+        sql = sql.replace(role, own)
+    url = make_url(with_database(postgres_url, name))
+    urls = {role: url.set(username=own).render_as_string(hide_password=False) for role, own in names.items()}
+    asyncio.run(execute(postgres_url, f"CREATE DATABASE {name}"))
+    try:
+        asyncio.run(execute(url.render_as_string(hide_password=False), sql))
+        if url.password:  # the server asks for one: the same as the tests' own
+            passwords = [f"ALTER ROLE {own} PASSWORD '{url.password}'" for own in names.values()]
+            asyncio.run(execute(postgres_url, *passwords))
+        run_alembic(urls["cc_migrations"], "upgrade", "head").check_returncode()
+        yield urls
+    finally:
+        roles = [f"DROP ROLE IF EXISTS {own}" for own in names.values()]
+        asyncio.run(execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)", *roles))
 
 
 @pytest.fixture
