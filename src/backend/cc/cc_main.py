@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -59,7 +60,7 @@ def create_app(
     app = Service(
         Database(settings),
         title="COS Control Center",
-        lifespan=_around(lifespan),
+        lifespan=partial(_lifespan, lifespan),
         telemetry=_TRACING,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -72,24 +73,20 @@ def create_app(
     return app
 
 
-def _around(inner: Lifespan[Any] | None) -> Lifespan[Service]:
-    """Return the service's lifespan around another one. It connects to nothing: it starts without its database."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Service) -> AsyncIterator[Any]:
-        # Objects made at start-up live as long as the process. `gc.freeze` keeps the collector from walking them again
-        # under load, a pause of tens of milliseconds.
-        gc.collect()
-        gc.freeze()
-        try:
-            async with inner(app) if inner else contextlib.nullcontext() as state:
-                yield state
-        finally:
-            await app.database.aclose()
-            if not await asyncio.to_thread(shutdown_logfire, SHUTDOWN_SECONDS):
-                logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
-
-    return lifespan
+@contextlib.asynccontextmanager
+async def _lifespan(inner: Lifespan[Any] | None, app: Service) -> AsyncIterator[Any]:
+    """Start and end, around a lifespan of your own. It connects to nothing: the service starts without its database."""
+    # Objects made at start-up live as long as the process. `gc.freeze` keeps the collector from walking them again
+    # under load, a pause of tens of milliseconds.
+    gc.collect()
+    gc.freeze()
+    try:
+        async with inner(app) if inner else contextlib.nullcontext() as state:
+            yield state
+    finally:
+        await app.database.aclose()
+        if not await asyncio.to_thread(shutdown_logfire, SHUTDOWN_SECONDS):
+            logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
 
 
 app = create_app(Settings())

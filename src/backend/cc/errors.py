@@ -92,12 +92,11 @@ def database_error(error: BaseException) -> DatabaseError:
     if (state := getattr(cause, "sqlstate", None)) is None:
         name = type(cause).__name__
         is_the_databases = isinstance(error, exc.DBAPIError | exc.DisconnectionError | exc.TimeoutError)
-        # A transaction that goes on after its connection has died (https://sqlalche.me/e/8s2b).
-        died = isinstance(error, exc.PendingRollbackError) and error.code == "8s2b"
-        if isinstance(error, SQLAlchemyError) and not is_the_databases and not died:
-            # SQLAlchemy refused before it asked the database: a closed session, a missing parameter.
-            return DatabaseError(f"the session can't do this ({name})", name)
-        return DatabaseUnavailableError(f"the database is unavailable ({name})", name)
+        # "8s2b": a transaction that goes on after its connection has died (https://sqlalche.me/e/8s2b).
+        if is_the_databases or not isinstance(error, SQLAlchemyError) or error.code == "8s2b":
+            return DatabaseUnavailableError(f"the database is unavailable ({name})", name)
+        # SQLAlchemy refused before it asked the database: a closed session, a missing parameter.
+        return DatabaseError(f"the session can't do this ({name})", name)
     hint = _HINTS.get(state, "")
     if {state, state[:2]} & _UNAVAILABLE:
         return DatabaseUnavailableError(f"the database is unavailable (SQLSTATE {state}){hint}", state)
