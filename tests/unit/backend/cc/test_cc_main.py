@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -25,19 +24,11 @@ from backend.cc.config import Settings
 from backend.cc.deps import DBSession
 from backend.cc.services.logging import EventRecord, log_l1
 from devtools import ROOT
-from devtools.otlp import Receiver, otlp_receiver
-from devtools.service import running_service
 from support.clients import TestClient, client_of
 
 CALLERS_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 RECORDS = ["log_l1 prompt_trace", "log_l1 event_log"]
 TRACEPARENT = f"00-{CALLERS_TRACE}-00f067aa0ba902b7-01"
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with otlp_receiver() as receiver:
-        yield receiver
 
 
 def attributes(span: ReadableSpan) -> dict[str, object]:
@@ -120,33 +111,6 @@ async def test_every_answer_says_the_request_id_exactly_once_and_every_span_has_
     assert len([span for span in spans if span.kind is SpanKind.SERVER]) == 1
 
 
-async def test_what_is_added_to_the_application_later_counts(
-    app: FastAPI, client: httpx.AsyncClient, exporter: InMemorySpanExporter
-) -> None:
-    class TeapotError(Exception):
-        """What only the handler knows of."""
-
-    @app.exception_handler(TeapotError)
-    async def teapot(*_: object) -> Response:
-        return Response(status_code=418)
-
-    @app.middleware("http")
-    async def add_header(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers["x-inner"] = request.state.request_id
-        return response
-
-    @app.get("/teapot")
-    async def brew() -> None:
-        raise TeapotError
-
-    response = await client.get("/teapot", headers={"x-request-id": "mine"})
-    assert response.status_code == 418
-    assert response.headers["x-inner"] == response.headers["x-request-id"] == "mine"
-    (server,) = exporter.get_finished_spans()
-    assert attributes(server)["request_id"] == "mine"
-
-
 async def test_a_callers_baggage_and_traceparent_are_not_trusted(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
@@ -170,29 +134,6 @@ async def test_a_trusted_callers_trace_is_continued_and_its_baggage_is_not(
     assert server.parent is not None
     assert format(server.parent.span_id, "016x") == "00f067aa0ba902b7"
     assert attributes(server)["request_id"] == answer["request_id"] != "EVIL"
-
-
-def test_ids_do_not_leak_between_requests_on_one_connection(
-    receiver: Receiver, database_url: str, tmp_path: Path
-) -> None:
-    # OpenTelemetry's own settings change nothing of the one trace that each request is.
-    excluded = {"OTEL_PYTHON_FASTAPI_EXCLUDED_URLS": ".*", "OTEL_PYTHON_EXCLUDED_URLS": ".*"}
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, **excluded}
-    with (
-        running_service(database_url, tmp_path / "log", **environment) as service,
-        httpx.Client(base_url=service.url) as client,
-    ):
-        answers = [
-            client.post("/test-log", json={"content": "x" * size}).json() for size in (10, 200_000, 10, 200_000, 10)
-        ]
-        service.stop()
-    assert len({answer["request_id"] for answer in answers}) == len(answers)
-    assert len({answer["trace_id"] for answer in answers}) == len(answers)
-    for answer in answers:
-        spans = [span for span in receiver.spans if span.trace_id == answer["trace_id"]]
-        assert len(spans) == 3
-        assert {span.attributes["request_id"] for span in spans} == {answer["request_id"]}
-        assert [span.parent_id for span in spans if span.name == "POST /test-log"] == [""]
 
 
 # Start and end

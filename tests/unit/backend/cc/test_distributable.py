@@ -4,7 +4,6 @@ import re
 
 import asyncpg
 import pytest
-from sqlalchemy import ForeignKeyConstraint, PrimaryKeyConstraint, Table, UniqueConstraint
 
 from backend.cc.mem0_models import SCHEMA, Base
 from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT
@@ -35,17 +34,6 @@ INSERT = re.compile(r"INSERT INTO mem0_cc\.(\w+) \(([^)]*)\)\s+VALUES \(([^)]*)\
 
 def test_every_table_has_a_distribution_column() -> None:
     assert {table.name for table in Base.metadata.sorted_tables} == DISTRIBUTED_BY.keys()
-
-
-@pytest.mark.parametrize("table", Base.metadata.sorted_tables, ids=lambda table: table.name)
-def test_every_key_of_the_models_contains_the_distribution_column(table: Table) -> None:
-    unique = [key for key in table.constraints if isinstance(key, PrimaryKeyConstraint | UniqueConstraint)]
-    indexes = [index for index in table.indexes if index.unique]
-    for key in [*unique, *indexes]:
-        assert DISTRIBUTED_BY[table.name] in key.columns
-    for foreign in [key for key in table.constraints if isinstance(key, ForeignKeyConstraint)]:
-        pairs = {(element.parent.name, element.column.name) for element in foreign.elements}
-        assert (DISTRIBUTED_BY[table.name], DISTRIBUTED_BY[foreign.referred_table.name]) in pairs
 
 
 async def test_every_key_of_the_migrated_tables_contains_the_distribution_column(db: asyncpg.Connection) -> None:

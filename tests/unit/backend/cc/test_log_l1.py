@@ -310,6 +310,21 @@ async def test_a_record_that_a_trigger_suppresses_is_an_error(
     assert not isinstance(raised.value, DatabaseUnavailableError)
 
 
+@pytest.mark.parametrize(("state", "unavailable"), [("53100", True), ("XX000", True), ("23514", False)])
+async def test_what_fails_at_the_commit_is_not_acknowledged(
+    session: AsyncSession, db: asyncpg.Connection, state: str, *, unavailable: bool
+) -> None:
+    await db.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION '%', NEW USING ERRCODE = '{state}'; END $$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON mem0_cc.event_log DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION refuse()""")
+    with pytest.raises(DatabaseError, match=state) as raised:
+        await log_l1(session, EVENT)
+    assert isinstance(raised.value, DatabaseUnavailableError) is unavailable
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.base_log") == 0
+
+
 async def test_a_record_in_a_transaction_that_has_failed_says_so(session: AsyncSession) -> None:
     with contextlib.suppress(DBAPIError):
         await session.execute(text("SELECT 1 / 0"))
