@@ -14,7 +14,7 @@ from unittest.mock import patch
 from uuid import uuid4
 
 import asyncpg
-from alembic.config import CommandLine
+from alembic.config import CommandLine, Config
 from sqlalchemy import make_url
 
 from devtools import ROOT
@@ -43,7 +43,9 @@ def run_alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
     def run() -> Any:
         try:
-            CommandLine().main([f"--config={ROOT / 'alembic.ini'}", *arguments])
+            command = CommandLine()
+            options = command.parser.parse_args(arguments)
+            command.run_cmd(Config(ROOT / "alembic.ini", cmd_opts=options, stdout=out), options)
         except SystemExit as error:
             return error.code
         except Exception:  # noqa: BLE001 - what a process of its own would print
