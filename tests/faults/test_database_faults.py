@@ -19,11 +19,11 @@ from support.cluster import (
     TIMEOUT,
     Postgres,
     Run,
-    http,
-    idle_in_transaction,
     log,
+    post,
     processes,
     stored,
+    waiting,
 )
 
 
@@ -86,7 +86,7 @@ def test_an_endpoint_that_queries_is_a_503_within_twice_the_bound_and_recovers(
     """Twice the bound: asyncpg waits as long again for the server to confirm that the query is cancelled."""
 
     def send() -> httpx.Response:
-        return http.post(f"{service.url}{path}", json={"content": "hello"})
+        return post(f"{service.url}{path}", json={"content": "hello"})
 
     until(lambda: send().status_code == HTTPStatus.OK)
     getattr(postgres, fault)()
@@ -103,8 +103,8 @@ def test_an_endpoint_that_refuses_while_the_database_is_frozen_is_answered_withi
     """The rollback waits for the frozen server."""
     until(lambda: log(service).status_code == HTTPStatus.OK)
     with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(http.post, f"{service.url}/refuse", json={"seconds": 1})
-        until(lambda: idle_in_transaction(database_url) == 1)
+        sent = pool.submit(post, f"{service.url}/refuse", json={"seconds": 1})
+        until(lambda: waiting(database_url, "state = 'idle in transaction'") == 1)
         postgres.freeze()
         started = time.monotonic()
         assert sent.result().status_code == HTTPStatus.CONFLICT

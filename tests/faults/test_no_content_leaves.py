@@ -11,7 +11,7 @@ from sqlalchemy import make_url
 
 from devtools.otlp import Receiver, otlp_receiver
 from devtools.waiting import until
-from support.cluster import Postgres, Run, fetch, http
+from support.cluster import Postgres, Run, fetch, post, request
 
 PROMPT, PAYLOAD, PASSWORD, ADDRESS, TOKEN, QUERY, HEADER = SENTINELS = [
     f"sentinel-{name}" for name in ("prompt", "payload", "password", "address", "token", "query", "header")
@@ -84,9 +84,9 @@ def test_no_sentinel_leaves_on_any_path(postgres: Postgres, run: Run, database_u
         ) as service,
     ):
 
-        def send(path: str, status: int, method: str = "POST", **request: object) -> None:
-            content = request or {"json": BODY}
-            answer = http.request(method, f"{service.url}{path}?q={QUERY}", headers=HEADERS, **content)
+        def send(path: str, status: int, method: str = "POST", **options: object) -> None:
+            content = options or {"json": BODY}
+            answer = request(method, f"{service.url}{path}?q={QUERY}", headers=HEADERS, **content)
             assert answer.status_code == status, (path, answer.text)
             answers.append(answer)
 
@@ -157,7 +157,7 @@ def test_no_sentinel_is_logged_where_spans_are_refused(run: Run, secret_url: str
             OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint,
         ) as service,
     ):
-        assert http.post(f"{service.url}/test-log", json=BODY, headers=HEADERS).status_code == HTTPStatus.OK
+        assert post(f"{service.url}/test-log", json=BODY, headers=HEADERS).status_code == HTTPStatus.OK
         until(lambda: receiver.requests > 0)
         service.stop()
         assert found(service.log) == []

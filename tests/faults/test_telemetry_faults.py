@@ -26,11 +26,11 @@ from support.cluster import (
     fetch,
     locked,
     log,
+    post,
     progress,
     stored,
     waiting,
 )
-from support.cluster import http as shared_http
 
 SHUTDOWN = 10.0
 """Seconds within which the process must have ended, whatever the receiver does."""
@@ -140,7 +140,7 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
 def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:
     with run("--app-dir=tests", app="support.endpoints:app") as service, ThreadPoolExecutor(1) as pool:
         before = stored(database_url)["event"]
-        slow = pool.submit(shared_http.post, f"{service.url}/slow", json={"seconds": 1})
+        slow = pool.submit(post, f"{service.url}/slow", json={"seconds": 1})
         until(lambda: stored(database_url)["event"] > before)
         assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
         assert slow.result().status_code == HTTPStatus.OK

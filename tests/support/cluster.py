@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
 from typing import Any
@@ -36,18 +37,12 @@ TLS = ssl.create_default_context()
 """No request uses TLS, but httpx makes a context for each client, which takes longer than a request."""
 
 
-class Http:
-    """A client with a connection of its own for each request, so that threads can share it."""
-
-    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
-        with httpx.Client(timeout=30, verify=TLS) as client:
-            return client.request(method, url, **options)
-
-    def post(self, url: str, **options: Any) -> httpx.Response:
-        return self.request("POST", url, **options)
+def request(method: str, url: str, **options: Any) -> httpx.Response:
+    """Send a request on a connection of its own, so that threads can do it at the same time."""
+    return httpx.request(method, url, timeout=30, verify=TLS, **options)
 
 
-http = Http()
+post = partial(request, "POST")
 
 
 class Postgres:
@@ -125,17 +120,8 @@ def locked(url: str, table: str = "mem0_cc.base_log") -> Iterator[None]:
             runner.run(connection.close())
 
 
-def waiting(url: str) -> int:
-    """Count the connections that wait for a lock."""
-    return _connections(url, "wait_event_type = 'Lock'")
-
-
-def idle_in_transaction(url: str) -> int:
-    """Count the connections whose client has begun a transaction and says nothing."""
-    return _connections(url, "state = 'idle in transaction'")
-
-
-def _connections(url: str, condition: str) -> int:
+def waiting(url: str, condition: str = "wait_event_type = 'Lock'") -> int:
+    """Count the connections that wait for a lock, or for something else."""
     query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
     return int(fetch(url, query)[0]["count"])
 
@@ -162,21 +148,9 @@ def ids(url: str) -> set[str]:
     return {str(row["id"]) for row in fetch(url, f"SELECT id FROM mem0_cc.base_log WHERE id IN ({children})")}
 
 
-def disconnect_all(url: str) -> None:
-    """Close every connection to the database, so that new ones see its new settings."""
-    others = "pid <> pg_backend_pid() AND datname = current_database()"
-    fetch(url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
-
-
 def log(service: Service, **body: Any) -> httpx.Response:
     """Send one `POST /test-log` on a connection of its own."""
-    return http.post(f"{service.url}/test-log", json=body)
-
-
-def logged_ids(answer: httpx.Response) -> set[str]:
-    """Return the ids of the records that an answer has acknowledged."""
-    body = answer.json()
-    return {body["prompt_trace_id"], body["event_log_id"]}
+    return post(f"{service.url}/test-log", json=body)
 
 
 def progress(line: str) -> None:
