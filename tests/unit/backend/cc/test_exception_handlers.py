@@ -243,11 +243,6 @@ async def test_what_would_fail_again_is_a_500(client: httpx.AsyncClient, path: s
     assert (await client.post(path)).status_code == 500
 
 
-async def test_a_missing_migration_is_a_500(client: httpx.AsyncClient, db: asyncpg.Connection) -> None:
-    await db.execute("DROP SCHEMA mem0_cc CASCADE")
-    assert (await client.post("/test-log", json={})).status_code == 500
-
-
 @pytest.mark.parametrize(
     ("path", "error", "status"),
     [
