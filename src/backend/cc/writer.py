@@ -33,7 +33,7 @@ class _Record:
     deadline: float
     size: int
     known: bool  # its id may be stored already, or be in another transaction that it must wait for
-    alone: bool  # it shares no batch, because it may wait, take long, or fail again
+    alone: bool  # it shares no batch, because it may have to wait, or fail again
     ended: asyncio.Future[None]
     result: bool | DatabaseError | None = None
     tried: bool = False  # it has failed once, with others or on a connection that died
@@ -76,7 +76,7 @@ class Writer:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
-        """Execute `statement`, and return once it is committed.
+        """Execute `statement`, and return once it is committed: True, or False if a trigger has suppressed the row.
 
         The record is queued before the first `await`. If the caller is then cancelled, it is written all the same.
 
@@ -85,18 +85,14 @@ class Writer:
             values: Its parameters. The first is the id.
             known: Whether a row with this id may be there already, from an earlier call or in an open transaction.
 
-        Returns:
-            Whether the row is stored. False: a trigger has suppressed it.
-
         Raises:
-            DatabaseUnavailableError: The outcome is unknown, or too many records wait.
-            DatabaseError: PostgreSQL refused.
+            DatabaseError: PostgreSQL refused. DatabaseUnavailableError: the outcome is unknown, or too many wait.
         """
         if sum(map(len, self._queues.values())) >= QUEUE_MAX:
             raise DatabaseUnavailableError(f"{QUEUE_MAX} records wait for the database", "QueueFull")
         size = sum(len(value) for value in values if isinstance(value, str))
-        deadline, alone = self._loop.time() + self._seconds, known or size > BATCH_CHARACTERS
-        record = _Record(statement, values, deadline, size, known, alone, self._loop.create_future())
+        deadline = self._loop.time() + self._seconds
+        record = _Record(statement, values, deadline, size, known, known, self._loop.create_future())
         self._queues.setdefault(statement, deque()).append(record)
         self._wake()
         try:
@@ -115,7 +111,7 @@ class Writer:
             async with asyncio.timeout(self._seconds + 1):  # the last record's own timeout ends first
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-        self._discard_idle()
+        self._discard(*self._idle)
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -130,6 +126,8 @@ class Writer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._starting = False  # it is still set if the task was cancelled before it ran
+        while task.cancelled() and (waiting := [queue for queue in self._queues.values() if queue]):
+            waiting[0].popleft().end(database_error(asyncio.CancelledError()))  # the event loop is ending
         self._wake()  # for a record that came after the task's last look at the queues
 
     async def _work(self) -> None:
@@ -185,30 +183,30 @@ class Writer:
         """Let each record of a failed batch be tried once more, alone. Returns the connection if it is still good."""
         state = error.sqlstate or "" if isinstance(error, asyncpg.PostgresError) else None
         is_good = connection and not (state is None or state in STALE_CONNECTION or connection.is_closed())
-        is_final = connection is None or (len(batch) == 1 and (is_good or isinstance(error, TimeoutError)))
+        is_final = is_good or isinstance(error, TimeoutError) if len(batch) == 1 else False
+        if connection is None:  # no server is there for any of them, unless it was the time of the first that ended
+            is_final = self._seconds_left(batch) > 0
         for record in batch:
             if is_final or record.tried:
                 record.end(database_error(error))
             else:
                 record.tried = record.alone = True
-                record.known |= state is None or state.startswith(UNKNOWN_OUTCOME)
+                record.known |= connection is not None and (state is None or state.startswith(UNKNOWN_OUTCOME))
                 # Where it was, in front of what arrived later: tasks that failed may return records in any order.
                 bisect.insort_left(self._queues[record.statement], record, key=attrgetter("deadline"))
         if connection is None or is_good:
             return connection
-        if not isinstance(error, TimeoutError):  # a server that ended one, or became read-only, has others like it
-            self._discard_idle()
         self._discard(connection)
+        if not isinstance(error, TimeoutError):  # a server that ended one, or became read-only, has others like it
+            self._discard(*self._idle)
         return None
 
-    def _discard_idle(self) -> None:
-        while self._idle:
-            self._discard(self._idle.pop())
-
-    def _discard(self, connection: asyncpg.Connection) -> None:
-        task = self._loop.create_task(_close(connection))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _discard(self, *connections: asyncpg.Connection) -> None:
+        self._idle = [idle for idle in self._idle if idle not in connections]
+        for connection in connections:
+            task = self._loop.create_task(_close(connection))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
 
 async def _close(connection: asyncpg.Connection) -> None:

@@ -138,7 +138,8 @@ class Server:
         await asyncio.sleep(latency if has_time else seconds)
         if fault or not has_time:
             connection.is_ended = True
-            self.refusals.add(asyncio.get_running_loop().time())
+            if has_time:
+                self.refusals.add(asyncio.get_running_loop().time())
             raise ERRORS.get(fault, asyncpg.ClientCannotConnectError)(fault)
         return connection
 
@@ -398,6 +399,8 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 # The records of two batches are tried alone, and each of them has its own deadline.
 @example(2, 2, [], [("hangs", 0, 5)], [(None, Call(callers=2)), (1.0, Call(callers=2))])
+# A connection takes longer to open than the first record of the batch can wait, but not the second.
+@example(1, 2, [("hangs", 0), ("", 1 / 16)], [], [(None, Call()), (1 / 64, Call()), (1.0, Call())])
 @given(st.integers(1, 3), st.sampled_from((1, 2, 4, 16)), connects, faults, steps)
 def test_whatever_happens_each_caller_has_one_outcome_and_it_is_true(
     size: int,
