@@ -19,7 +19,7 @@ import uvloop
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.services.logging import EventRecord, PromptRecord, log_l1
-from common.logger_logfire import configure_logfire, shutdown_logfire
+from common.logger_logfire import configure_logfire, flush_logfire
 from devtools import ROOT
 from devtools.otlp import otlp_receiver
 from devtools.postgres import server, temporary_home
@@ -96,7 +96,7 @@ def main() -> int:
         metrics = [span_complete_rate(url, home.with_name("log"))]
         configure_logfire("cos-cc", otlp=True)
         metrics.append(uvloop.run(insert_p95(url)))
-        shutdown_logfire(5)
+        flush_logfire(5)
     metrics += tests_and_checks()
     table = (
         f"Measured {time.strftime('%Y-%m-%d')} by `./scripts/sprint1_metrics` on {platform.system()} "

@@ -18,7 +18,6 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import ValidationError
@@ -30,29 +29,11 @@ LIVE_SECONDS: Final = 1.0  # a trace that takes longer is sent to Logfire before
 logger = logging.getLogger(__name__)
 
 
-class _Kept:
-    """A span processor of the caller's. The end of one configuration doesn't shut it down, so the next may have it."""
-
-    def __init__(self, processor: SpanProcessor) -> None:
-        self._processor = processor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
-
-    def shutdown(self) -> None:
-        self._processor.force_flush()
-
-
 @dataclass
 class RequestSpanProcessor(SpanProcessor):
-    """Put the request id on every span of a request, and `layer=api` on its server span.
+    """Put the request id on every span of a request, and `layer=api` on its server span."""
 
-    The id comes from the context variable, not from OpenTelemetry baggage, which a caller can send. With `console`
-    no text of a caller's looks like another line there, and each request answered 400 to 499 gets a log line, because
-    Logfire's console shows no status.
-    """
-
-    console: bool = False
+    console: bool = False  # whether spans are printed
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         present = span.attributes or {}
@@ -63,12 +44,12 @@ class RequestSpanProcessor(SpanProcessor):
             if "url.query" in present:  # callers leave tokens in query strings
                 span.set_attribute("url.query", "")
         if self.console:
-            for name in ("logfire.msg", "url.path"):
+            for name in ("logfire.msg", "url.path"):  # what a caller chose could look like another line
                 if isinstance(text := present.get(name), str) and not text.isprintable():
                     span.set_attribute(name, printable(text))
 
     def on_end(self, span: ReadableSpan) -> None:
-        if self.console and span.kind is SpanKind.SERVER:
+        if self.console and span.kind is SpanKind.SERVER:  # Logfire prints no status
             attributes = span.attributes or {}
             status = attributes.get("http.response.status_code")
             if isinstance(status, int) and 400 <= status < 500:  # noqa: PLR2004 - HTTP's client errors
@@ -87,7 +68,7 @@ def configure_logfire(
     unscrubbed: Collection[str] = (),
     span_processors: Sequence[SpanProcessor] = (),
 ) -> None:
-    """Start tracing for this process. Where spans have nowhere to go, only trace and span ids are made.
+    """Start tracing for this process. If spans have nowhere to go, only trace and span ids are made.
 
     Args:
         service_name: The OpenTelemetry `service.name`, 1 character or more.
@@ -98,24 +79,17 @@ def configure_logfire(
         distributed_tracing: Whether to continue a caller's trace. For trusted callers only: they choose the trace id.
         sample_rate: The share of traces that are recorded, 0 to 1.
         unscrubbed: Span attributes with names, never content. Logfire would take a name `session_start` for a secret.
-        span_processors: More OpenTelemetry span processors, e.g. a test's exporter. They are flushed, never shut down.
+        span_processors: More OpenTelemetry span processors, e.g. a test's exporter.
 
     Raises:
         RuntimeError: Another OpenTelemetry SDK runs in this process. Its spans have query strings and no request id.
     """
-    # Logfire's provider is no subclass of the SDK's. `opentelemetry-instrument` may load the module but start no SDK.
-    is_foreign = isinstance(trace.get_tracer_provider(), TracerProvider)
-    if is_foreign or "opentelemetry.instrumentation.auto_instrumentation" in sys.modules:
+    if isinstance(trace.get_tracer_provider(), TracerProvider):  # of which Logfire's is no subclass
         raise RuntimeError("another OpenTelemetry SDK runs in this process: start without opentelemetry-instrument")
-    recording = bool(token or otlp or console or span_processors)
-    if not recording:
+    if not (token or otlp or console or span_processors):
+        sample_rate = 0.0
         logger.warning("No LOGFIRE_TOKEN, no OTEL_EXPORTER_OTLP_ENDPOINT: tracing is off. Ids are still made.")
-    elif not token:
-        logger.info("LOGFIRE_TOKEN is not set: nothing is sent to Logfire.")
-
-    head = sample_rate if recording else ALWAYS_OFF
     kept = {"request_id", "layer", *unscrubbed}
-    kept_processors = [cast("SpanProcessor", _Kept(processor)) for processor in span_processors]
     # How spans are batched unless the operator says otherwise (docs/decisions/0004).
     os.environ.setdefault("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "128")
     os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", "8192")
@@ -133,7 +107,7 @@ def configure_logfire(
         token=token,
         send_to_logfire=bool(token),  # not "if-token-present": a forgotten `.logfire` folder would count as a token
         console=None if console else False,
-        sampling=SamplingOptions(head, _is_shown if token and not console else None),
+        sampling=SamplingOptions(sample_rate, _is_shown if token and not console else None),
         metrics=False,  # an eighth of a traced request's CPU time
         # Both add attributes that the code did not set: the variables of an f-string, and the caller's baggage.
         inspect_arguments=False,
@@ -141,15 +115,15 @@ def configure_logfire(
         distributed_tracing=distributed_tracing,
         scrubbing=logfire.ScrubbingOptions(lambda match: match.value if match.path[-1] in kept else None),
         advanced=logfire.AdvancedOptions(exception_callback=_drop_exception_text),
-        additional_span_processors=[RequestSpanProcessor(console), *kept_processors],
+        additional_span_processors=[RequestSpanProcessor(console), *span_processors],
     )
 
 
-def shutdown_logfire(timeout: float) -> bool:
+def flush_logfire(timeout: float) -> bool:
     """Deliver the spans that wait. Return whether that took less than `timeout` seconds. Blocks; tracing goes on."""
-    # The SDK's own, behind Logfire's, which would hold a lock that the next start of tracing needs.
+    # In a thread, because the SDK's own limit fails if the receiver hangs; and not through Logfire's provider, which
+    # would hold a lock that the next start of tracing needs.
     provider = cast("Any", trace.get_tracer_provider()).provider
-    # The SDK's own limit fails if the receiver hangs.
     thread = threading.Thread(target=provider.force_flush, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -160,8 +134,7 @@ def shutdown_logfire(timeout: float) -> bool:
 
 def _drop_error_text(record: logging.LogRecord) -> bool:
     # The text of an HTTP client's error has the endpoint's path or a header, and either may be a key.
-    if isinstance(record.args, tuple):
-        record.args = tuple(type(arg).__qualname__ if isinstance(arg, Exception) else arg for arg in record.args)
+    record.args = tuple(type(arg).__qualname__ if isinstance(arg, Exception) else arg for arg in record.args or ())
     return True
 
 

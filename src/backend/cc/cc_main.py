@@ -18,7 +18,7 @@ from backend.cc.database import Database
 from backend.cc.exception_handlers import add_exception_handlers
 from backend.cc.routers import debug_router
 from common.log_lines import configure_logging
-from common.logger_logfire import configure_logfire, shutdown_logfire
+from common.logger_logfire import configure_logfire, flush_logfire
 from common.request_id_middleware import RequestIDMiddleware
 
 SHUTDOWN_SECONDS: Final = 3.0  # how long shutdown waits for spans to be delivered
@@ -85,7 +85,7 @@ async def _lifespan(inner: Lifespan[Any] | None, app: Service) -> AsyncIterator[
             yield state
     finally:
         await app.database.aclose()
-        if not await asyncio.to_thread(shutdown_logfire, SHUTDOWN_SECONDS):
+        if not await asyncio.to_thread(flush_logfire, SHUTDOWN_SECONDS):
             logger.warning("Some spans could not be delivered within %s s.", SHUTDOWN_SECONDS)
 
 
