@@ -9,22 +9,17 @@ from common.request_id_middleware import request_id_var
 
 
 class RequestIDFilter(logging.Filter):
-    """Give a log record its `request_id` and `trace_id`, None outside a request or a trace, unless it has its own.
-
-    Put it on handlers: a logger's filter doesn't see the records of the loggers below it.
-    """
+    """Add `request_id` and `trace_id`, or None, to the log records of a handler; a record's own ids stay."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not hasattr(record, "request_id"):
-            record.request_id = request_id_var.get()
-        if not hasattr(record, "trace_id"):
-            context = trace.get_current_span().get_span_context()
-            record.trace_id = trace.format_trace_id(context.trace_id) if context.is_valid else None
+        context = trace.get_current_span().get_span_context()
+        trace_id = trace.format_trace_id(context.trace_id) if context.is_valid else None
+        record.__dict__ = {"request_id": request_id_var.get(), "trace_id": trace_id} | record.__dict__
         return True
 
 
 class RequestFormatter(DefaultFormatter):
-    """Uvicorn's style, `LEVEL:    message`, followed by the request id. No text in it can look like another line."""
+    """Uvicorn's style, `LEVEL:    message [request id]`. No text in it can look like another line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line, *traceback = super().format(record).splitlines()
@@ -37,17 +32,12 @@ class RequestFormatter(DefaultFormatter):
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with an escape, e.g. `\n` or `\x1b`, in place of what isn't printed but ends or changes a line."""
-    if text.isprintable():
-        return text
+    r"""Return `text` with an escape, e.g. `\n` or `\x1b`, in place of what ends or changes a line."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def configure_logging(*names: str) -> None:
-    """Print records from WARNING up, and those of the loggers `names` from INFO up: other libraries' may hold content.
-
-    An application that has configured the root logger keeps its configuration.
-    """
+    """Print warnings, and what the loggers `names` say from INFO up, unless the root logger is configured already."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.addFilter(RequestIDFilter())
