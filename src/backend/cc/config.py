@@ -1,9 +1,9 @@
 """The service's settings, and how a database URL is read."""
 
 import re
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
+from pydantic import Field, Secret, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -14,34 +14,30 @@ _URL_PARAMETER: Final = re.compile(
     "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"
 )
 _URL_HINT: Final = "is no database URL. In a password @ : / are written %40 %3A %2F; hosts ?host=one,two&port=5432,5432"
-_PARAMETER_HINTS: Final = {
-    "channel_binding": "Leave channel_binding out: asyncpg has none; sslmode=verify-full protects the connection",
-    "connect_timeout": "Leave connect_timeout out: CC_DB_TIMEOUT_SECONDS limits connecting too",
-}
-_SETTING_HINT: Final = "A server's setting is written options=-c name=value"
-# The SDK logs a header that it can't read or send, with the key in it. No escape is of a control character.
-_HEADER: Final = re.compile(r"[\w!#$%&'*+.^`|~-]+[ \t]*=((?!%[^2-7])[ !#-+\--:<-\[\]-~])*", re.ASCII)
+_PARAMETER_HINT: Final = (
+    "Leave out channel_binding (use sslmode=verify-full) and connect_timeout (CC_DB_TIMEOUT_SECONDS limits it). "
+    "A server's setting is written options=-c name=value"
+)
 
 
 class Settings(BaseSettings):
     """The service's configuration, from environment variables of the same names. README.md explains each."""
 
-    # Errors name the variable, and do not show its value: it may be a password.
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True, frozen=True
-    )
+    # An error names the variable and doesn't show its value, which may be a password.
+    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True, str_strip_whitespace=True)
 
     database_url: SecretStr  # postgres://, postgresql:// or postgresql+asyncpg://
-    logfire_token: SecretStr | None = None  # Logfire's write token; without it nothing is sent there
+    # Logfire's write token; without it nothing is sent there. Logfire prints one that it can't put into a header.
+    logfire_token: Secret[Annotated[str, Field(pattern="^[!-~]*$")]] = Secret("")
     logfire_environment: str | None = None  # name of the deployment, shown in traces
     logfire_trace_sample_rate: float = Field(default=1.0, ge=0, le=1)  # the share of traces that are recorded
     logfire_console: bool = False  # whether to print spans to standard output too
     # Any OTLP backend, and the same for traces alone: the full address, path included. The SDK reads these by itself.
-    otel_exporter_otlp_endpoint: AnyHttpUrl | None = None
-    otel_exporter_otlp_traces_endpoint: AnyHttpUrl | None = None
+    otel_exporter_otlp_endpoint: str | None = None
+    otel_exporter_otlp_traces_endpoint: str | None = None
     otel_exporter_otlp_headers: SecretStr | None = None  # its key: name=value, separated by commas
     otel_exporter_otlp_traces_headers: SecretStr | None = None
-    otel_sdk_disabled: bool = False  # refused if true, because records would have no trace id
+    otel_sdk_disabled: Literal["false", "False"] = "false"  # if it were true, records would have no trace id
     cc_db_pool_size: int = Field(default=10, ge=1)  # connections at most, in each worker process
     cc_db_batch_size: int = Field(default=16, ge=1)  # records written in one round trip, at most; 1 turns batches off
     cc_db_timeout_seconds: float = Field(default=5.0, gt=0)  # of a record or a commit, waiting included
@@ -61,37 +57,21 @@ class Settings(BaseSettings):
         if url.get_backend_name() not in ("postgres", "postgresql"):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
         if unknown := sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name)):
-            hints = dict.fromkeys(_PARAMETER_HINTS.get(name, _SETTING_HINT) for name in unknown)
-            raise ValueError(f"has unknown parameters: {', '.join(unknown)}. {'. '.join(hints)}")
+            raise ValueError(f"has unknown parameters: {', '.join(unknown)}. {_PARAMETER_HINT}")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
-
-    @field_validator("logfire_token")
-    @classmethod
-    def _as_token(cls, value: SecretStr | None) -> SecretStr | None:
-        # An HTTP client that can't send it would log it.
-        if value and not re.fullmatch("[!-~]*", value.get_secret_value()):
-            raise ValueError("must be one line of ASCII without spaces")
-        return value
 
     @field_validator("otel_exporter_otlp_headers", "otel_exporter_otlp_traces_headers")
     @classmethod
     def _as_headers(cls, value: SecretStr | None) -> SecretStr | None:
-        headers = value.get_secret_value().split(",") if value else ()
-        if not all(_HEADER.fullmatch(header.strip()) for header in headers if header.strip()):
-            raise ValueError("must be name=value, separated by commas")
-        return value
-
-    @field_validator("otel_sdk_disabled")
-    @classmethod
-    def _not_disabled(cls, value: bool) -> bool:  # noqa: FBT001 - pydantic calls it
-        if value:
-            raise ValueError("must not be true. To trace nothing, set neither LOGFIRE_TOKEN nor an OTLP endpoint")
+        for header in value.get_secret_value().split(",") if value else ():
+            if not re.fullmatch(r" *[\w.-]+ *=[ -~]*", header, re.ASCII):
+                raise ValueError("must be name=value, separated by commas, in printable ASCII")
         return value
 
     def tracing(self) -> dict[str, Any]:
         """Return what `common.logger_logfire.configure_logfire` is told: where spans go, and what is cc's on them."""
         return {
-            "token": self.logfire_token.get_secret_value() if self.logfire_token else None,
+            "token": self.logfire_token.get_secret_value() or None,
             "environment": self.logfire_environment,
             "otlp": bool(self.otel_exporter_otlp_endpoint or self.otel_exporter_otlp_traces_endpoint),
             "console": self.logfire_console,

@@ -4,7 +4,6 @@ import sys
 
 import asyncpg
 import pytest
-from opentelemetry.util.re import parse_env_headers
 from pydantic import ValidationError
 
 from backend.cc.config import Settings
@@ -42,10 +41,9 @@ def test_a_database_url_is_read_in_any_form_a_user_writes_it(written: str, read:
         ("secret", "is no database URL"),
         ("postgresql://u:p@x:secret@h/d", "is no database URL"),
         ("postgresql://u:secret@one:5432,two:5432/d", r"hosts \?host=one,two&port=5432,5432"),
-        (f"{URL}?client_encoding=secret", "client_encoding. A server's setting is written options=-c name=value"),
-        (f"{URL}?ssl=secret&sslmode=require&direct_tls=1", "has unknown parameters: direct_tls, ssl. A server's"),
-        (f"{URL}?connect_timeout=5", "connect_timeout. Leave connect_timeout out: CC_DB_TIMEOUT_SECONDS limits"),
-        (f"{URL}?channel_binding=require&service=x", "channel_binding, service. Leave channel_binding out: asyncpg"),
+        (f"{URL}?client_encoding=secret", "client_encoding. .* A server's setting is written options=-c name=value"),
+        (f"{URL}?ssl=secret&sslmode=require&direct_tls=1", r"has unknown parameters: direct_tls, ssl\."),
+        (f"{URL}?connect_timeout=5&channel_binding=require", "channel_binding, connect_timeout. Leave out channel_b"),
     ],
 )
 def test_another_url_is_refused_with_what_is_wrong_and_without_repeating_it(wrong: str, said: str) -> None:
@@ -77,12 +75,10 @@ async def test_a_port_that_does_not_exist_is_an_outage_with_a_hint_at_its_cause(
         ("CC_DEBUG_ROUTES", "perhaps"),
         ("CC_MAX_BODY_BYTES", "-1"),
         ("LOGFIRE_TOKEN", "secret\nsecret"),
-        ("LOGFIRE_TOKEN", "sécret secret"),
         ("LOGFIRE_TRACE_SAMPLE_RATE", "10"),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", "user:secret@127.0.0.1:4318"),
-        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://user:secret@127.0.0.1:port"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key: secret"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,x-api-key=secret%0Asecret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key: secret=="),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,secret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=secret\nsecret"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-api-key=secrét"),
         ("OTEL_SDK_DISABLED", "true"),  # records would have no trace id
     ],
@@ -97,21 +93,14 @@ def test_a_wrong_setting_is_an_error_that_names_the_variable_and_not_its_value(
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("headers", ["api-key=a%20b", " x=a b , y = c=d ,", "x=", ",", "authorization=Basic%20YTpi=="])
-def test_headers_that_the_sdk_reads_are_right(caplog: pytest.LogCaptureFixture, headers: str) -> None:
+@pytest.mark.parametrize("headers", ["api-key=a%20b", " x=a b , y = c=d", "x=", "authorization=Basic%20YTpi=="])
+def test_headers_are_names_and_values(headers: str) -> None:
     Settings(otel_exporter_otlp_headers=headers, otel_exporter_otlp_traces_headers=headers)
-    parse_env_headers(headers, liberal=True)
-    assert caplog.messages == []
 
 
 def test_no_secret_shows_when_settings_are_printed() -> None:
     settings = Settings(database_url=URL, logfire_token="secret", otel_exporter_otlp_headers="key=secret")
     assert "secret" not in f"{settings!r} {settings} {settings.model_dump_json()}"
-
-
-def test_settings_cannot_be_changed() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        Settings(database_url=URL).cc_db_pool_size = 5  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("value", "token"), [(" token\n", "token"), ("", None), (" \n", None)])
@@ -120,12 +109,6 @@ def test_spaces_around_a_token_are_no_part_of_it(
 ) -> None:
     monkeypatch.setenv("LOGFIRE_TOKEN", value)
     assert Settings().tracing()["token"] == token
-
-
-def test_the_share_of_traces_is_all_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings().tracing()["sample_rate"] == 1
-    monkeypatch.setenv("LOGFIRE_TRACE_SAMPLE_RATE", "0.1")
-    assert Settings().tracing()["sample_rate"] == 0.1
 
 
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
