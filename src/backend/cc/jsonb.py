@@ -5,15 +5,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Final
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-# PostgreSQL's limit for a field, and for a message with all the fields of a record, is 1 GB. It closes the connection
-# over a longer one.
-BYTES_MAX: Final = 2**30 - 2**13
 DEPTH_MAX: Final = 128  # levels of nesting: fewer than Python and PostgreSQL allow in any configuration
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 # `sort_keys` raises for keys of mixed types. That catches 1 and "1", which would become one name in JSON.
@@ -27,15 +23,8 @@ def clean_text(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
-def is_too_long(text: str) -> bool:
-    """Return whether `text`, cleaned, has more than BYTES_MAX bytes."""
-    if 4 * len(text) <= BYTES_MAX:  # the usual case, without encoding it; no character has more bytes
-        return False
-    return len(text.encode(errors="surrogatepass")) + 2 * text.count("\0") > BYTES_MAX
-
-
 def to_jsonb(payload: Mapping[str, Any]) -> str:
-    r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. Raises ValueError if that is too long, 1 GB.
+    r"""Return `payload` as JSON that PostgreSQL's `jsonb` takes. No value in it is an error.
 
     - NUL and lone surrogates become U+FFFD, in keys too.
     - Keys that become equal, as 1 and "1" do, get a number.
@@ -43,25 +32,16 @@ def to_jsonb(payload: Mapping[str, Any]) -> str:
     - A value that JSON can't express (UUID, datetime, Decimal, ...) becomes its usual text.
     - NumPy's arrays and scalars, and whatever else has `tolist()`, become the numbers that they hold.
     - Bytes that are not UTF-8 become base64 (RFC 4648, section 5).
-    - A container below 128 levels of nesting becomes "[nested too deeply]".
-    - A container inside itself becomes "[repeated]".
+    - A container inside itself becomes "[repeated]", and one below 128 levels of nesting "[nested too deeply]".
     - An object that can't be converted becomes "[unserializable <its class>]".
     """
-    text = _as_it_is(payload) or _dumps(_clean(payload))
-    if is_too_long(text):
-        raise ValueError("payload must be at most 1 GB of JSON")
-    return text
-
-
-def _as_it_is(payload: Mapping[str, Any]) -> str | None:
-    """Return a payload as JSON, or None if something in it must be cleaned. Most payloads need only this look."""
     with contextlib.suppress(Exception):  # a value's own code may raise anything
         text = _dumps(payload)
         text.encode()  # raises for a lone surrogate
-        # Text can't be nested deeper than the number of its brackets.
+        # Most payloads need no more than this look. Text can't be nested deeper than the number of its brackets.
         if "\\u0000" not in text and text.count("[") + text.count("{") <= DEPTH_MAX:
             return text
-    return None
+    return _dumps(_clean(payload))
 
 
 def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: C901, PLR0911 - a branch for each kind of value
@@ -71,7 +51,7 @@ def _clean(value: Any, outer: tuple[Any, ...] = ()) -> Any:  # noqa: C901, PLR09
     if isinstance(value, str):
         return clean_text(str.__str__(value))
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
     if isinstance(value, int):
         try:
             return int(int.__repr__(value))  # not `str`, which names the member of an IntEnum
@@ -104,19 +84,16 @@ def _clean_mapping(value: Mapping[Any, Any], inner: tuple[Any, ...]) -> dict[str
 
 
 def _usual_form(value: Any) -> Any:
-    jsonable = partial(to_jsonable_python, value, fallback=_unknown_form, inf_nan_mode="constants")
     try:
-        return jsonable(bytes_mode="utf8")
+        return to_jsonable_python(value, fallback=_unknown_form)
     except ValueError:  # bytes that are not UTF-8; or a cycle, which raises again below
         if isinstance(value, BaseModel):  # its bytes follow a setting of the model
             return value.model_dump()
-        return jsonable(bytes_mode="base64")
+        return to_jsonable_python(value, bytes_mode="base64", fallback=_unknown_form)
 
 
 def _unknown_form(value: Any) -> Any:
     """Return a list, a number or text for an object of a class that pydantic doesn't know."""
     with contextlib.suppress(Exception):
-        if hasattr(type(value), "tolist"):  # not of the object: a mock has every attribute
-            return value.tolist()
-        return str(value)
+        return value.tolist() if hasattr(type(value), "tolist") else str(value)  # its class: a mock has every attribute
     return f"[unserializable {type(value).__qualname__}]"

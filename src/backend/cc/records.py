@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from backend.cc.jsonb import is_too_long
 from backend.cc.mem0_models import NAME_LENGTH
 
+CONTENT_MAX: Final = 2**28 - 2**11  # characters: 1 GB if each has four bytes, PostgreSQL's limit for a message
 TOKENS_MAX: Final = 2**31 - 1  # PostgreSQL's `integer`
 
 
@@ -16,7 +16,7 @@ class PromptRecord:
 
     Args:
         role: The speaker, e.g. "user" or "assistant": 1 to 255 characters.
-        content: The text, at most 1 GB in UTF-8 (PostgreSQL's limit, less 8 KB); may be empty.
+        content: The text, at most 268,433,408 characters, which PostgreSQL can always store; may be empty.
         tokens_in: Tokens that the model read, 0 to 2,147,483,647.
         tokens_out: Tokens that the model wrote, 0 to 2,147,483,647.
     """
@@ -28,8 +28,8 @@ class PromptRecord:
 
     def __post_init__(self) -> None:
         check_name("role", self.role)
-        if not isinstance(self.content, str) or is_too_long(self.content):
-            raise ValueError("content must be a string of at most 1 GB")
+        if not isinstance(self.content, str) or len(self.content) > CONTENT_MAX:
+            raise ValueError(f"content must be a string of at most {CONTENT_MAX} characters")
         for field, value in (("tokens_in", self.tokens_in), ("tokens_out", self.tokens_out)):
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TOKENS_MAX:
                 raise ValueError(f"{field} must be an integer of 0 to {TOKENS_MAX}")
