@@ -27,16 +27,16 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             pool_size=settings.cc_db_pool_size,
             max_overflow=0,  # the size is the number of connections that an operator must plan for
             pool_timeout=self.seconds,
-            pool_use_lifo=True,  # the connection that was returned last is warm
         )
         event.listen(self.engine.sync_engine, "checkout", _check)
         event.listen(self.engine.sync_engine, "handle_error", _handle_error)
-        # `close_resets_only=False`: a closed session takes no more queries. A query after the end of a request, in a
-        # background task, would begin a transaction that nothing commits, and records would join it.
+        # A closed session takes no more queries. After the end of a request, in a background task, one would begin a
+        # transaction that nothing commits, and records would join it.
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
         )
-        self._settings = settings
+        size, batch = settings.cc_db_pool_size, settings.cc_db_batch_size
+        self._new_writer = partial(Writer, partial(connect, settings), size=size, batch=batch, seconds=self.seconds)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -53,14 +53,12 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
 
     async def aclose(self) -> None:
         """Write what waits and close every connection, in `seconds` and 6 at most: a frozen server never answers."""
-        if self._loop not in (None, asyncio.get_running_loop()):
-            return  # what another event loop has opened can't be closed in this one
-        if self._loop:
-            await self._writer.aclose()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.engine.dispose()
-        self._loop = None
+        if self._loop in (None, asyncio.get_running_loop()):  # another loop's connections can't be closed in this one
+            if self._loop:
+                await self._writer.aclose()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.engine.dispose(), CLOSE_SECONDS)
+            self._loop = None
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
@@ -71,29 +69,24 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
             return
         if self._loop is not None and self._loop.is_running():
             raise DatabaseError("another event loop uses this Database: make one for each", "RuntimeError")
-        size, batch = self._settings.cc_db_pool_size, self._settings.cc_db_batch_size
-        self._writer = Writer(partial(connect, self._settings), size=size, batch=batch, seconds=self.seconds)
         if self._loop is not None:
             self.engine.sync_engine.dispose(close=False)
-        self._loop = loop
+        self._loop, self._writer = loop, self._new_writer()
 
 
 def _check(dbapi_connection: Any, *_: object) -> None:
     driver = dbapi_connection.driver_connection
     if driver.is_closed():
-        # A server that restarts closes every connection. The pool replaces all that are as old as this one.
-        raise InvalidatePoolError
+        raise InvalidatePoolError  # a server that restarts closes every connection
     if driver.is_in_transaction():
-        # Code that used the driver directly left a transaction open here, and SQLAlchemy does not know of it.
-        # A record that joined it would be acknowledged and then rolled back.
+        # Code that used the driver directly left it open. A record that joined it would be lost.
         driver.terminate()
         raise DisconnectionError
 
 
 def _handle_error(context: ExceptionContext) -> OperationalError | None:
     error = context.original_exception
-    state = getattr(error, "sqlstate", None)
-    if state in STALE_CONNECTION:
+    if (state := getattr(error, "sqlstate", None)) in STALE_CONNECTION:
         # If the server has become read-only (25006), all the others lead there, too.
         context.is_disconnect, context.invalidate_pool_on_disconnect = True, state == "25006"
     # SQLAlchemy drops the connection of a statement that timed out, but passes the TimeoutError on as it is.

@@ -8,21 +8,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Final
 
-import asyncpg
+from asyncpg import Connection, PostgresError
 
 from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, DatabaseUnavailableError, database_error
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
 CLOSE_SECONDS: Final = 3.0  # how long a connection may take to close
-
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
 # waits for nobody, though the row may be on the primary alone.
 BARRIER: Final = "SELECT pg_logical_emit_message(true, 'cos-cc', '')"
 
+Connect = Callable[[float], Awaitable[Connection]]
 logger = logging.getLogger(__name__)
 
 
@@ -37,16 +36,16 @@ class _Record:
     ended: asyncio.Future[None]
     result: bool | DatabaseError | None = None
     tried: bool = False  # it has failed once, with others or on a connection that died
-    left: bool = False  # its caller was cancelled
 
     def end(self, result: bool | DatabaseError) -> None:  # noqa: FBT001 - what `write` returns or raises
         self.result = result
-        if not self.ended.done():
+        if self.ended.cancelled():
+            self.report_loss()
+        else:
             self.ended.set_result(None)
-        self.report()
 
-    def report(self) -> None:
-        if self.left and self.result not in (None, True):
+    def report_loss(self) -> None:
+        if self.result not in (None, True):
             reason = self.result or "a trigger has suppressed it"
             logger.error("Record %s, whose caller was cancelled, may be lost: %s", self.values[0], reason)
 
@@ -54,8 +53,7 @@ class _Record:
 class Writer:
     """Write records on up to `size` connections, in the event loop that runs when it is made.
 
-    A connection that is free takes what waits, up to `batch` records of one statement: one round trip, one transaction.
-    Nothing waits for a batch to fill, so a lone record goes at once.
+    A free one takes what waits at once, up to `batch` records of one statement, in one round trip and one transaction.
 
     Args:
         connect: Returns a new asyncpg connection within so many seconds.
@@ -64,13 +62,11 @@ class Writer:
         seconds: Timeout of a record, from the call of `write` to its end.
     """
 
-    def __init__(
-        self, connect: Callable[[float], Awaitable[asyncpg.Connection]], *, size: int, batch: int, seconds: float
-    ) -> None:
+    def __init__(self, connect: Connect, *, size: int, batch: int, seconds: float) -> None:
         self._connect, self._size, self._batch, self._seconds = connect, size, batch, seconds
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, deque[_Record]] = {}  # by statement, and each in the order of its deadlines
-        self._idle: list[asyncpg.Connection] = []
+        self._idle: list[Connection] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = False  # whether a task is about to run
         self._closing: set[asyncio.Task[None]] = set()
@@ -98,8 +94,7 @@ class Writer:
         try:
             await record.ended
         except asyncio.CancelledError:
-            record.left = True
-            record.report()
+            record.report_loss()
             raise
         if isinstance(record.result, DatabaseError):
             raise record.result
@@ -112,8 +107,7 @@ class Writer:
                 while self._tasks:
                     await asyncio.wait(self._tasks)
         self._discard(*self._idle)
-        if self._closing:
-            await asyncio.wait(self._closing)
+        await asyncio.gather(*self._closing)
 
     def _wake(self) -> None:
         """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
@@ -140,9 +134,9 @@ class Writer:
                     self._idle = [idle for idle in self._idle if not idle.is_closed()]
                     connection = self._idle.pop() if self._idle else await self._connect(self._seconds_left(batch))
                 await self._insert(connection, batch)
-            except BaseException as error:  # whatever it is, the callers must be told
+            except (Exception, asyncio.CancelledError) as error:  # whatever it is, the callers must be told
                 connection = self._failed(batch, connection, error)
-                if not isinstance(error, Exception):
+                if isinstance(error, asyncio.CancelledError):
                     raise
         if connection is not None:
             self._idle.append(connection)
@@ -166,25 +160,23 @@ class Writer:
     def _seconds_left(self, batch: list[_Record]) -> float:
         return batch[0].deadline - self._loop.time()
 
-    async def _insert(self, connection: asyncpg.Connection, batch: list[_Record]) -> None:
+    async def _insert(self, connection: Connection, batch: list[_Record]) -> None:
         # asyncpg's own timeout, since it swallows a cancellation. A batch has half of the time, so that its records can
         # be tried alone in the other half: otherwise one that waits for a lock would take its mates with it.
         seconds = self._seconds_left(batch) / (1 if len(batch) == 1 else 2)
         rows = await connection.fetchmany(batch[0].statement, [record.values for record in batch], timeout=seconds)
+        if batch[0].known and not rows:
+            await connection.execute(BARRIER, timeout=self._seconds_left(batch))
         stored = {row[0] for row in rows}
         for record in batch:
-            if record.known and not stored:  # it is the only one
-                await connection.execute(BARRIER, timeout=self._seconds_left(batch))
             record.end(record.known or record.values[0] in stored)
 
-    def _failed(
-        self, batch: list[_Record], connection: asyncpg.Connection | None, error: BaseException
-    ) -> asyncpg.Connection | None:
+    def _failed(self, batch: list[_Record], connection: Connection | None, error: BaseException) -> Connection | None:
         """Let each record of a failed batch be tried once more, alone. Returns the connection if it is still good."""
-        state = error.sqlstate or "" if isinstance(error, asyncpg.PostgresError) else None
+        state = error.sqlstate or "" if isinstance(error, PostgresError) else None
         is_good = connection and not (state is None or state in STALE_CONNECTION or connection.is_closed())
-        is_final = is_good or isinstance(error, TimeoutError) if len(batch) == 1 else False
-        if connection is None:  # no server is there for any of them, unless it was the time of the first that ended
+        is_final = len(batch) == 1 and (is_good or isinstance(error, TimeoutError))
+        if connection is None:  # there is no server for any of them, unless it took the time of the first alone
             is_final = self._seconds_left(batch) > 0
         for record in batch:
             if is_final or record.tried:
@@ -192,16 +184,15 @@ class Writer:
             else:
                 record.tried = record.alone = True
                 record.known |= connection is not None and (state is None or state.startswith(UNKNOWN_OUTCOME))
-                # Where it was, in front of what arrived later: tasks that failed may return records in any order.
-                bisect.insort_left(self._queues[record.statement], record, key=attrgetter("deadline"))
+                # Back to its place: tasks that failed may return records in any order.
+                bisect.insort_left(self._queues[record.statement], record, key=lambda other: other.deadline)
         if connection is None or is_good:
             return connection
-        self._discard(connection)
-        if not isinstance(error, TimeoutError):  # a server that ended one, or became read-only, has others like it
-            self._discard(*self._idle)
+        # A server that has ended a connection, or become read-only, has others like it.
+        self._discard(connection, *(() if isinstance(error, TimeoutError) else self._idle))
         return None
 
-    def _discard(self, *connections: asyncpg.Connection) -> None:
+    def _discard(self, *connections: Connection) -> None:
         self._idle = [idle for idle in self._idle if idle not in connections]
         for connection in connections:
             task = self._loop.create_task(_close(connection))
@@ -209,9 +200,8 @@ class Writer:
             task.add_done_callback(self._closing.discard)
 
 
-async def _close(connection: asyncpg.Connection) -> None:
-    # `close` tells the server to cancel what still runs. After `terminate` its process would wait on for its lock or
-    # its standby, and the processes would pile up.
+async def _close(connection: Connection) -> None:
+    # `close` also cancels what still runs; after `terminate` the server's processes would wait on, and pile up.
     with contextlib.suppress(Exception):  # no caller waits for it
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()

@@ -94,7 +94,7 @@ async def _log(write: _Write, record: Record, *, request_id: str | None = None, 
         trace_id = trace.format_trace_id(span.get_span_context().trace_id)
         values = (new_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
         if not await write(statement, values, known=record_id is not None):
-            raise DatabaseError("a trigger or a rule has suppressed the record", "suppressed")
+            raise DatabaseError("a trigger has suppressed the record", "suppressed")
     except BaseException as error:
         # The class or the SQLSTATE, and no text: an error's text is content.
         span.set_attribute("error.type", getattr(error, "code", "") or type(error).__name__)
