@@ -14,10 +14,7 @@ _URL_PARAMETER: Final = re.compile(
     "|ssl(_max_protocol_version|_min_protocol_version|cert|crl|key|mode|negotiation|password|rootcert)"
 )
 _URL_HINT: Final = "is no database URL. In a password @ : / are written %40 %3A %2F; hosts ?host=one,two&port=5432,5432"
-_PARAMETER_HINT: Final = (
-    "Leave out channel_binding (use sslmode=verify-full) and connect_timeout (CC_DB_TIMEOUT_SECONDS limits it). "
-    "A server's setting is written options=-c name=value"
-)
+_PARAMETER_HINT: Final = "Leave out channel_binding and connect_timeout; write a server's setting options=-c name=value"
 
 
 class Settings(BaseSettings):
