@@ -134,16 +134,13 @@ PAYLOADS: list[tuple[dict[Any, Any], Any]] = [
     ({"a": {3}, "b": (1, 2), "c": PurePosixPath("/x")}, {"a": [3], "b": [1, 2], "c": "/x"}),
     ({"a": b"bytes", "b": b"\xff\0"}, {"a": "bytes", "b": "_wA="}),
     ({"a": Pair(b"bytes", Hostile())}, {"a": {"data": "bytes", "n": "[unserializable Hostile]"}}),
-    ({"a": Pair(b"\xff", Hostile())}, {"a": {"data": "_w==", "n": "[unserializable Hostile]"}}),
     ({"a": Pair(b"\xff", math.inf)}, {"a": {"data": "_w==", "n": None}}),
     ({"a": "NUL \0 alone"}, {"a": "NUL \ufffd alone"}),
     ({"a": [[]] * 70 + [{}] * 70, "b": (1, math.nan)}, {"a": [[]] * 70 + [{}] * 70, "b": [1, None]}),
-    ({"a": Pair(b"\xff", 1)}, {"a": {"data": "_w==", "n": 1}}),
     ({"a": Model(data=b"\xff")}, {"a": {"data": "_w==", "n": 1}}),
     ({"a": Shout.LOUD, Shout.LOUD: math.nan}, {"a": "loud", "loud": None}),
     ({"a": MappingProxyType({"b": 1})}, {"a": {"b": 1}}),
-    ({"a": Hostile()}, {"a": "[unserializable Hostile]"}),
-    ({"a": HostileMapping(), "b": [1, HostileMapping()]}, {"a": UNSERIALIZABLE, "b": [1, UNSERIALIZABLE]}),
+    ({"a": Hostile(), "b": [1, HostileMapping()]}, {"a": "[unserializable Hostile]", "b": [1, UNSERIALIZABLE]}),
     ({"a": ValueError("x")}, {"a": "x"}),
     ({"a": Array(*range(2000))}, {"a": list(range(2000))}),
     (
@@ -153,6 +150,7 @@ PAYLOADS: list[tuple[dict[Any, Any], Any]] = [
     ({"a": Array(7), Array(8): "b", "c": {Array(9)}}, {"a": 7, "8": "b", "c": [9]}),
     ({"a": Pair(b"", Array(1, 2)), "b": array("d", [0.5])}, {"a": {"data": "", "n": [1, 2]}, "b": [0.5]}),
     ({"a": [Array()], "b": Proxy()}, {"a": ["[unserializable Array]"], "b": "a proxy"}),
+    ({(1, 2): "a", UUID(int=7): "b"}, {"[1,2]": "a", str(UUID(int=7)): "b"}),
     ({"\0": 1, "\ufffd": 2, "\ud800": 3}, {"\ufffd": 1, "\ufffd\ufffd1": 2, "\ufffd\ufffd2": 3}),  # noqa: F601 - they are three
     (
         {1: "a", "1": "b", "c": {None: 1, "null": 2}},
@@ -208,22 +206,3 @@ def test_a_cyclic_graph_is_written_once_per_node() -> None:
 def test_keys_that_are_no_text_are_stored_as_json_writes_them(more: dict[str, Any]) -> None:
     payload: dict[Any, Any] = {2: "a", None: "b", True: "c", 1.5: "d", **more}
     assert written(payload).items() >= {"2": "a", "null": "b", "true": "c", "1.5": "d"}.items()
-
-
-def test_containers_that_fail_to_be_read_are_named() -> None:
-    class FailingDict(dict[str, int]):
-        def items(self) -> Any:
-            raise RuntimeError
-
-    class FailingList(list[int]):
-        def __iter__(self) -> Iterator[int]:
-            raise RuntimeError
-
-    found = written({"a": FailingDict(b=1), "b": FailingList([1]), "kept": 1})
-    assert found["kept"] == 1
-    assert "unserializable" in found["a"]
-    assert "unserializable" in found["b"]
-
-
-def test_keys_that_json_has_no_words_for_are_stored_as_their_text() -> None:
-    assert written({(1, 2): "a", UUID(int=7): "b"}) == {"[1,2]": "a", str(UUID(int=7)): "b"}
