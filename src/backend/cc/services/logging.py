@@ -89,7 +89,7 @@ async def _log(write: _Write, record: Record, *, request_id: str | None = None, 
         raise ValueError("record must be a PromptRecord or an EventRecord")
 
     span = _start_span(table, request_id, event_type, new_id)
-    token = attach(trace.set_span_in_context(span))
+    token = attach(trace.set_span_in_context(span)) if span.is_recording() else None
     try:
         trace_id = trace.format_trace_id(span.get_span_context().trace_id)
         values = (new_id, datetime.now(UTC), SOURCE_MODULE, request_id, trace_id, *fields)
@@ -105,7 +105,8 @@ async def _log(write: _Write, record: Record, *, request_id: str | None = None, 
         span.set_status(trace.StatusCode.ERROR)
         raise
     finally:
-        detach(token)
+        if token:
+            detach(token)
         span.end()
     return new_id
 
