@@ -17,10 +17,10 @@ from support.database import alembic_process, execute, run_alembic
 OURS = {"mem0_cc", "base_log", "event_log", "prompt_trace"}  # beside a service's own tables
 OWN_TABLE = """
 
-class Note(Base):
+class MadeUpByATest(Base):
     \"\"\"A table of the service's own.\"\"\"
 
-    __tablename__ = "note"
+    __tablename__ = "made_up_by_a_test"
     __table_args__ = (sa.UniqueConstraint("title", "kind"), sa.CheckConstraint("title <> ''", name="title_not_empty"))
 
     id: Mapped[int] = mapped_column(sa.Identity(), primary_key=True)
@@ -88,13 +88,13 @@ def test_a_migration_made_for_a_table_of_ones_own_is_complete_and_passes_the_lin
     models = clone / "src/backend/cc/mem0_models.py"
     docstring, code = models.read_text().split("\n", 1)
     models.write_text(f"{docstring}\nimport sqlalchemy as sa\n{code}\n{OWN_TABLE}")
-    for command in ("revision --autogenerate -m notes", "upgrade head", "check"):
+    for command in ("revision --autogenerate -m made_up", "upgrade head", "check"):
         assert_done(alembic_process(database_url, *command.split(), clone=clone))
-    (migration,) = clone.glob("migrations/versions/ae_*_notes.py")
+    (migration,) = clone.glob("migrations/versions/ae_*_made_up.py")
     for command in ("format", "check"):
         ruff = [sys.executable, "-m", "ruff", command, str(migration)]
         assert_done(subprocess.run(ruff, cwd=clone, capture_output=True, text=True, check=False))
-    assert migration.read_text().count('op.f("uq_note_title') == 2
+    assert migration.read_text().count('op.f("uq_made_up_by_a_test_title') == 2
 
 
 async def test_check_finds_no_drift_beside_other_peoples_schemas(database_url: str) -> None:
