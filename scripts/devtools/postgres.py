@@ -44,7 +44,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         # In /tmp, because the path of a socket has at most 103 bytes, and the path of a clone may be longer. Not in
         # TMPDIR, which may differ between two processes that use the cluster.
-        self.socket = Path(f"/tmp/cos-cc-{os.geteuid()}-{_digest(self.home)}")  # noqa: S108  # nosec B108
+        tmp = Path("/tmp")  # noqa: S108  # nosec B108
+        self.socket = tmp / f"cos-cc-{os.geteuid()}-{_digest(self.home)}"
         # The URL names the port, because PGPORT replaces the default.
         self.url = f"postgresql://postgres@/postgres?host={self.socket}&port=5432"
 
