@@ -136,6 +136,16 @@ async def test_a_trusted_callers_trace_is_continued_and_its_baggage_is_not(
     assert attributes(server)["request_id"] == answer["request_id"] != "EVIL"
 
 
+async def test_a_service_that_is_mounted_in_an_application_without_telemetry_is_traced(
+    app: Service, exporter: InMemorySpanExporter
+) -> None:
+    outer = FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})
+    outer.mount("/cc", app)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="http://cc") as client:
+        trace_id = (await client.post("/cc/test-log", json={})).json()["trace_id"]
+    assert {format(span.context.trace_id, "032x") for span in exporter.get_finished_spans()} == {trace_id}
+
+
 # Start and end
 
 
