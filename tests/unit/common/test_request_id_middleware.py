@@ -1,3 +1,4 @@
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -7,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from common.request_id_middleware import RequestIDMiddleware, request_id_var
@@ -28,16 +29,28 @@ async def greet(websocket: WebSocket) -> None:
     await websocket.close()
 
 
-def client(*, raise_app_exceptions: bool = False) -> httpx.AsyncClient:
-    app = Starlette(routes=[Route("/", say_id), Route("/fail", fail), WebSocketRoute("/ws", greet)])
-    transport = httpx.ASGITransport(RequestIDMiddleware(app), raise_app_exceptions=raise_app_exceptions)
-    return httpx.AsyncClient(transport=transport, base_url="http://cc")
+APP = Starlette(routes=[Route("/", say_id), Route("/fail", fail), WebSocketRoute("/ws", greet)])
 
 
-async def test_a_request_without_an_id_gets_a_uuid_v4_and_its_answer_says_it_once_whatever_the_endpoint_set() -> None:
-    response = await client().get("/")
-    assert UUID(response.text).version == 4
-    assert response.headers.get_list("x-request-id") == [response.text] == [str(UUID(response.text))]
+async def get(path: str, **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(RequestIDMiddleware(APP))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cc", headers=headers) as client:
+        return await client.get(path)
+
+
+async def call(app: ASGIApp, *ids: bytes, **scope: Any) -> list[Message]:
+    """Call an application inside the middleware, and return what it sends."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"x-request-id", value) for value in ids]
+    await RequestIDMiddleware(app)({"type": "http", "headers": headers, **scope}, receive, send)
+    return sent
 
 
 async def id_for(*inbound: bytes) -> str | None:
@@ -46,9 +59,14 @@ async def id_for(*inbound: bytes) -> str | None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(request_id_var.get())
 
-    headers = [(b"x-request-id", value) for value in inbound]
-    await RequestIDMiddleware(app)({"type": "http", "headers": headers}, _no_message, _nowhere)
+    await call(app, *inbound)
     return seen[0]
+
+
+async def test_a_request_without_an_id_gets_a_uuid_v4_and_its_answer_says_it_once_whatever_the_endpoint_set() -> None:
+    response = await get("/")
+    assert UUID(response.text).version == 4
+    assert response.headers.get_list("x-request-id") == [response.text] == [str(UUID(response.text))]
 
 
 @pytest.mark.parametrize("kept", ["a", "A.b_c-9", "x" * 128, "0af7651916cd43dd8448eb211c80319c"])
@@ -59,52 +77,39 @@ async def test_an_inbound_id_that_fits_is_kept(kept: str) -> None:
 UNFIT = ["", "x" * 129, "a b", "a\tb", "a/b", "é", "<script>", "a\0b", "²", "٣", "abc\n", "a\r\nset-cookie: a=b"]
 
 
-@pytest.mark.parametrize("replaced", UNFIT)
-async def test_an_inbound_id_that_does_not_fit_is_replaced(replaced: str) -> None:
-    assert UUID(await id_for(replaced.encode())).version == 4
-
-
-async def test_two_inbound_ids_are_none() -> None:
-    assert UUID(await id_for(b"one", b"two")).version == 4
-
-
-async def test_an_unhandled_exception_is_answered_with_the_id() -> None:
-    response = await client().get("/fail", headers={"x-request-id": "mine"})
-    assert response.status_code == 500
-    assert response.headers["x-request-id"] == "mine"
+@pytest.mark.parametrize("inbound", [*([unfit] for unfit in UNFIT), ["one", "two"]])
+async def test_an_inbound_id_that_does_not_fit_is_replaced_and_so_are_two(inbound: list[str]) -> None:
+    assert UUID(await id_for(*map(str.encode, inbound))).version == 4
 
 
 async def test_an_unhandled_exception_names_the_request_in_the_servers_log() -> None:
     with pytest.raises(RuntimeError) as raised:
-        await client(raise_app_exceptions=True).get("/fail", headers={"x-request-id": "mine"})
+        await get("/fail", **{"x-request-id": "mine"})
     assert raised.value.__notes__ == ["request id: mine"]
 
 
 async def test_a_websocket_has_an_id_and_its_handshake_says_it() -> None:
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    app = RequestIDMiddleware(Starlette(routes=[WebSocketRoute("/ws", greet)]))
-    await app({"type": "websocket", "path": "/ws", "headers": [(b"x-request-id", b"mine")]}, receive, send)
-    accepted, greeting = sent[:2]
+    accepted, greeting, _ = await call(APP, b"mine", type="websocket", path="/ws")
     assert accepted["headers"] == [(b"x-request-id", b"mine")]
     assert greeting["text"] == "mine"
 
 
-async def test_other_scopes_pass_through_untouched() -> None:
-    seen: list[Scope] = []
-
+async def test_an_answer_without_headers_gets_the_one() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(scope)
+        await send({"type": "http.response.start", "status": 200})
 
-    scope: Scope = {"type": "lifespan"}
-    await RequestIDMiddleware(app)(scope, _no_message, _nowhere)
-    assert seen == [{"type": "lifespan"}]
+    assert await call(app, b"mine") == [
+        {"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"mine")]}
+    ]
+
+
+async def test_other_scopes_pass_through_untouched() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope == {"type": "lifespan", "headers": []}
+        assert request_id_var.get() is None
+        await send({"type": "lifespan.startup.complete"})
+
+    assert await call(app, type="lifespan") == [{"type": "lifespan.startup.complete"}]
 
 
 async def test_nothing_is_left_behind_for_the_next_request_of_the_connection() -> None:
@@ -115,12 +120,11 @@ async def test_nothing_is_left_behind_for_the_next_request_of_the_connection() -
         ids.append(request_id_var.get())
         traces.append(trace.get_current_span().get_span_context().trace_id)
 
-    middleware = RequestIDMiddleware(app)
     leftover = trace.NonRecordingSpan(trace.SpanContext(trace_id=1, span_id=1, is_remote=False))
     with trace.use_span(leftover):  # what a reused context looks like
         token = request_id_var.set("of the request before")
         for _ in range(2):
-            await middleware({"type": "http", "headers": []}, _no_message, _nowhere)
+            await call(app)
         assert request_id_var.get() == "of the request before"
         request_id_var.reset(token)
     assert len({"of the request before", *ids}) == 3
@@ -132,26 +136,5 @@ async def test_the_servers_shared_state_is_not_written_to() -> None:
         assert scope["state"] == {"pool": 1, "request_id": request_id_var.get()}
 
     shared = {"pool": 1}
-    await RequestIDMiddleware(app)({"type": "http", "headers": [], "state": shared}, _no_message, _nowhere)
+    await call(app, state=shared)
     assert shared == {"pool": 1}
-
-
-async def _no_message() -> Message:
-    raise AssertionError
-
-
-async def _nowhere(message: Message) -> None:
-    raise AssertionError(message)
-
-
-async def test_an_answer_without_headers_gets_the_one() -> None:
-    sent: list[Message] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200})
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    await RequestIDMiddleware(app)({"type": "http", "headers": [(b"x-request-id", b"mine")]}, _no_message, send)
-    assert sent == [{"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"mine")]}]
