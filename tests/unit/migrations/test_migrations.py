@@ -5,7 +5,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -66,30 +65,19 @@ async def test_up_down_and_up_again_leave_what_they_should(empty_database_url: s
     assert await found(empty_database_url) >= OURS
 
 
-def copied(to: Path) -> Path:
-    to.mkdir()
-    for name in ("alembic.ini", "pyproject.toml"):
-        shutil.copy(ROOT / name, to)
-    for name in ("migrations", "src"):
-        shutil.copytree(ROOT / name, to / name)
-    return to
-
-
-def test_a_clone_whose_path_has_a_percent_sign_migrates(empty_database_url: str, tmp_path: Path) -> None:
-    clone = copied(tmp_path / "50% %(here)s %s")
-    for command in ("upgrade head", "check"):
-        assert_done(alembic_process(empty_database_url, "--name=pyproject", *command.split(), clone=clone))
-
-
-def test_a_migration_made_for_a_table_of_ones_own_is_complete_and_passes_the_linter(
+def test_a_migration_made_for_a_table_of_ones_own_is_complete_and_passes_the_linter_wherever_the_clone_is(
     database_url: str, tmp_path: Path
 ) -> None:
-    clone = copied(tmp_path / "clone")
+    clone = tmp_path / "50% %(here)s %s"  # where alembic.ini alone can't name its directories
+    for name in ("migrations", "src"):
+        shutil.copytree(ROOT / name, clone / name)
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
     models = clone / "src/backend/cc/mem0_models.py"
     docstring, code = models.read_text().split("\n", 1)
     models.write_text(f"{docstring}\nimport sqlalchemy as sa\n{code}\n{OWN_TABLE}")
     for command in ("revision --autogenerate -m made_up", "upgrade head", "check"):
-        assert_done(alembic_process(database_url, *command.split(), clone=clone))
+        assert_done(alembic_process(database_url, "--name=pyproject", *command.split(), clone=clone))
     (migration,) = clone.glob("migrations/versions/ae_*_made_up.py")
     for command in ("format", "check"):
         ruff = [sys.executable, "-m", "ruff", command, str(migration)]
@@ -149,38 +137,7 @@ async def test_downgrade_takes_nothing_that_is_not_ours(database_url: str) -> No
     assert await found(database_url) >= OURS | {"theirs"}
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("postgresql://u:secret@127.0.0.1:1/d", "FAILED: the database is unavailable (ConnectionRefusedError)"),
-        ("mysql://u:secret@h/d", "must begin with postgres://"),
-        ("", "Field required"),
-    ],
-)
-def test_what_has_to_be_mended_is_said_in_a_line(url: str, said: str) -> None:
-    failed = run_alembic(url, "upgrade", "head")
-    printed = failed.stdout + failed.stderr
-    assert failed.returncode != 0
-    assert said in printed
-    assert "Traceback" not in printed
-    assert "secret" not in printed
-
-
-async def test_a_role_that_may_not_migrate_is_told_so_in_a_line(database_url: str) -> None:
-    role = f"nobody_{uuid4().hex}"
-    await execute(database_url, f"CREATE ROLE {role} LOGIN")
-    try:
-        failed = await asyncio.to_thread(
-            run_alembic, database_url.replace("postgres@", f"{role}@", 1), "upgrade", "head"
-        )
-    finally:
-        await execute(database_url, f"DROP ROLE {role}")
-    assert failed.returncode != 0
-    assert "(SQLSTATE 42501): the role lacks a privilege, see docs/roles.sql" in failed.stdout
-    assert "Traceback" not in failed.stderr
-
-
-async def test_another_error_of_the_databases_is_a_traceback_with_the_statement(empty_database_url: str) -> None:
+async def test_an_error_that_an_operator_cannot_mend_is_a_traceback_with_the_statement(empty_database_url: str) -> None:
     await execute(empty_database_url, "CREATE SCHEMA mem0_cc", "CREATE DOMAIN mem0_cc.base_log AS int")
     failed = await asyncio.to_thread(run_alembic, empty_database_url, "upgrade", "head")
     assert failed.returncode != 0
