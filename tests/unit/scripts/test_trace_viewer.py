@@ -65,18 +65,16 @@ def start(environment: Path, port: int, *command: str, **variables: str) -> subp
     )
 
 
-def run(environment: Path, port: int, *command: str, **variables: str) -> tuple[str, str, int]:
-    process = start(environment, port, *command, **variables)
-    return *process.communicate(timeout=60), process.returncode
-
-
-def test_the_command_becomes_the_process_so_that_signals_and_the_exit_code_are_its_own(environment: Path) -> None:
-    *_, code = run(environment, free_port(), "sh", "-c", "kill -9 $$")
-    assert code == -signal.SIGKILL
+def refused(environment: Path, port: int) -> str:
+    """Run a command, which must not be started, and return what it says instead."""
+    process = start(environment, port, "echo", "never")
+    printed, errors = process.communicate(timeout=60)
+    assert (printed, process.returncode) == ("", 1)
+    return errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_viewer_ends_however_the_command_ends(environment: Path, number: int) -> None:
+def test_the_command_becomes_the_process_and_the_viewer_ends_however_it_ends(environment: Path, number: int) -> None:
     port = free_port()
     command = start(environment, port, sys.executable, "-c", "print('started', flush=True); input()")
     assert command.stdout is not None
@@ -84,6 +82,7 @@ def test_the_viewer_ends_however_the_command_ends(environment: Path, number: int
     assert listens(port)
     os.killpg(command.pid, number)
     command.communicate(timeout=20)
+    assert command.returncode == -number
     until(lambda: not listens(port))
 
 
@@ -98,21 +97,14 @@ def test_the_viewer_survives_a_ctrl_c_until_the_command_has_delivered_its_last_s
     assert (environment / "var/received").read_text() == "/v1/traces True\n"
 
 
-def test_what_the_viewer_keeps_is_private_and_nothing_of_the_caller_s_reaches_it(environment: Path) -> None:
-    variables = {"LIGHTTRACE_PRICES": "{}", "LOGFIRE_TOKEN": "secret", "DATABASE_URL": "postgresql://secret"}
-    run(environment, free_port(), "true", **variables)
+def test_viewer_and_command_get_nothing_of_the_environment_that_is_the_others(environment: Path) -> None:
+    secrets = {"LOGFIRE_TOKEN": "secret", "DATABASE_URL": "postgresql://secret", "LIGHTTRACE_PRICES": "{}"}
+    for_traces_alone = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1/v1/traces"}
+    printed, _ = start(environment, free_port(), "env", **secrets, **for_traces_alone).communicate(timeout=60)
+    assert not for_traces_alone.keys() & {line.partition("=")[0] for line in printed.splitlines()}
+    assert {"OTEL_METRICS_EXPORTER=none", "OTEL_LOGS_EXPORTER=none"} <= set(printed.splitlines())
+    assert not secrets.keys() & set((environment / "var/environment").read_text().split())
     assert stat.S_IMODE((environment / "var").stat().st_mode) == 0o700
-    started_with = (environment / "var/environment").read_text().split()
-    assert not {"LIGHTTRACE_PRICES", "LOGFIRE_TOKEN", "DATABASE_URL"} & set(started_with)
-
-
-def test_an_endpoint_for_traces_alone_does_not_win_over_the_viewer(environment: Path) -> None:
-    printed, *_ = run(
-        environment, free_port(), "env", OTEL_EXPORTER_OTLP_TRACES_ENDPOINT="http://127.0.0.1:1/v1/traces"
-    )
-    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" not in printed
-    assert "OTEL_METRICS_EXPORTER=none" in printed
-    assert "OTEL_LOGS_EXPORTER=none" in printed
 
 
 def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
@@ -127,16 +119,10 @@ def test_a_port_that_is_taken_is_refused_with_the_way_out(environment: Path) -> 
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        printed, errors, code = run(environment, port, "echo", "never")
-    assert code == 1
-    assert printed == ""
-    assert f"TRACES_PORT={port + 1}" in errors
+        assert f"TRACES_PORT={port + 1}" in refused(environment, port)
 
 
 def test_a_viewer_that_does_not_start_is_shown_with_its_log(environment: Path) -> None:
     (stub,) = environment.glob("lib/python*/site-packages/lighttrace.py")
     stub.write_text("raise SystemExit('out of order')")
-    printed, errors, code = run(environment, free_port(), "echo", "never")
-    assert code == 1
-    assert printed == ""
-    assert "out of order" in errors
+    assert "out of order" in refused(environment, free_port())
