@@ -15,9 +15,6 @@ from hypothesis import strategies as st
 from backend.cc.jsonb import clean_text, to_jsonb
 from support.abuse import JSON, Abused
 
-MAX_BODY = 1_048_576
-"""The default of CC_MAX_BODY_BYTES."""
-
 
 def assert_stored(abused: Abused, answer: Any, body: dict[str, Any]) -> None:
     """Check that the two records hold what was sent, as `clean_text` and `to_jsonb` promise it."""
@@ -111,7 +108,6 @@ def test_every_answer_to_generated_requests_is_as_documented(abused: Abused) -> 
     ("body", "stored"),
     [
         pytest.param(b'{"k": "\xed\xa0\x80"}', {"k": "\ufffd"}, id="lone surrogate, not escaped"),
-        pytest.param(rb'{"k": {"\ud800": 1}}', {"k": {"\ufffd": 1}}, id="lone surrogate in a key"),
         pytest.param(rb'{"k": "\ud83d\ude00"}', {"k": "\U0001f600"}, id="a pair of surrogates is a character"),
         pytest.param(b'{"k": [NaN, Infinity, 1e400]}', {"k": [None] * 3}, id="what is no number"),
         pytest.param(b'{"k": [1e308, 5e-324]}', {"k": [10**308, Decimal("5e-324")]}, id="what just is one"),
@@ -119,7 +115,6 @@ def test_every_answer_to_generated_requests_is_as_documented(abused: Abused) -> 
         pytest.param(b'{"k": 1, "k": 2}', {"k": 2}, id="duplicate keys: the last one, as everywhere in Python"),
         pytest.param(b'\xef\xbb\xbf{"k": 1}', {"k": 1}, id="byte order mark"),
         pytest.param('{"k": "\u65e5"}'.encode("utf-16"), {"k": "\u65e5"}, id="UTF-16"),
-        pytest.param(b'{"__proto__": {"$ref": "#"}}', {"__proto__": {"$ref": "#"}}, id="other languages' keys"),
     ],
 )
 def test_a_hard_case_is_stored(abused: Abused, body: bytes, stored: Any) -> None:
@@ -148,19 +143,7 @@ def test_a_large_body_is_stored_and_soon(abused: Abused, body: Any) -> None:
     assert_stored(abused, answer, value)
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["with Content-Length", "in chunks"])
-@pytest.mark.parametrize(("size", "status"), [(MAX_BODY, 200), (MAX_BODY + 1, 413), (16 * 2**20, 413)])
-def test_a_body_over_the_limit_is_refused_and_leaves_nothing(
-    abused: Abused, size: int, status: int, *, chunked: bool
-) -> None:
-    before = abused.records()
-    answer = abused.send(b'{"k": "' + b"x" * (size - 9) + b'"}', JSON, chunked=chunked)
-    assert answer.status == status
-    assert answer.headers["x-request-id"] == answer.request_id
-    assert abused.records() - before == (4 if status == 200 else 0)
-
-
-# --- headers, and what is no HTTP
+# --- headers
 
 NAMES = re.findall(rb"\S+", b"X-Request-ID baggage traceparent tracestate Content-Type Accept Cookie User-Agent")
 TRACE_ID = b"0af7651916cd43dd8448eb211c80319c"
@@ -197,24 +180,3 @@ def test_no_headers_harm_a_request(abused: Abused, headers: list[tuple[bytes, by
             assert row["request_id"] == request_id
             assert re.fullmatch(r"(?!0{32})[0-9a-f]{32}", row["trace_id"])
             assert row["trace_id"] != TRACE_ID.decode()
-
-
-HEAD = b"POST /test-log HTTP/1.1\r\nHost: cc\r\n"
-
-
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
-        pytest.param(b"GARBAGE\r\n\r\n", id="no HTTP"),
-        pytest.param(HEAD + b"Content-Length: -1\r\n\r\n", id="negative length"),
-        pytest.param(HEAD + b"X: \x00\r\n\r\n", id="NUL in a header"),
-        pytest.param(HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} ", id="two lengths"),
-        pytest.param(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", id="both"),
-        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n{}\r\n", id="a broken chunk"),
-    ],
-)
-def test_what_is_not_http_is_a_400_and_leaves_nothing(abused: Abused, request_bytes: bytes) -> None:
-    """uvicorn answers these before the application sees them, so they have no request id."""
-    before = abused.records()
-    assert abused.send_raw(request_bytes).status == 400
-    assert abused.records() == before

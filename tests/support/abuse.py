@@ -42,25 +42,19 @@ class Abused:
     runner: asyncio.Runner
     database: asyncpg.Connection
 
-    def send(self, body: bytes, *headers: tuple[bytes, bytes], chunked: bool = False) -> Answer:
+    def send(self, body: bytes, *headers: tuple[bytes, bytes]) -> Answer:
         """Send one `POST /test-log`, every byte as it is given.
 
         Args:
             body: The body.
             headers: The headers, but for Host and those that tell where the body ends. A request id is added
                 where they have none.
-            chunked: Whether to send the body in chunks, without a Content-Length.
         """
         lines = list(headers)
         request_id = uuid4().hex
         if all(name.lower() != b"x-request-id" for name, _ in lines):
             lines.append((b"X-Request-ID", request_id.encode()))
-        if chunked:
-            lines.append((b"Transfer-Encoding", b"chunked"))
-            pieces = [body[i : i + 65536] for i in range(0, len(body), 65536)]
-            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
-        else:
-            lines.append((b"Content-Length", str(len(body)).encode()))
+        lines.append((b"Content-Length", str(len(body)).encode()))
         head = b"".join(b"%b: %b\r\n" % line for line in lines)
         return self.send_raw(b"POST /test-log HTTP/1.1\r\nHost: cc\r\n" + head + b"\r\n" + body, request_id)
 
