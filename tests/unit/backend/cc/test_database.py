@@ -1,6 +1,4 @@
 import asyncio
-import gc
-import warnings
 from uuid import UUID
 
 import asyncpg
@@ -126,23 +124,6 @@ def test_a_database_that_was_closed_can_be_used_again_in_the_same_loop_and_in_an
                 runner.run(log_and_query(database))
                 runner.run(database.aclose())
                 runner.run(database.aclose())
-
-
-def test_a_loop_that_ended_without_closing_leaves_a_database_that_works_in_the_next(settings: Settings) -> None:
-    """As a test client's without `with` does, one for each request."""
-    database = Database(settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the connections of a loop that has ended can't be closed
-        for _ in range(3):
-            asyncio.run(log_and_query(database))
-        gc.collect()
-
-        async def close() -> None:
-            await log_and_query(database)
-            await database.aclose()
-
-        asyncio.run(close())
-        gc.collect()
 
 
 async def test_a_second_loop_while_the_first_runs_is_told_to_make_another_database_and_harms_nothing(
