@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
-from uuid import uuid4
 
 import asyncpg
+import httpx
 
 from devtools.service import Service
 
@@ -23,12 +23,11 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass
 class Answer:
-    """What a request got, and what it left."""
+    """What a request got."""
 
     status: int
     headers: http.client.HTTPMessage
     body: bytes
-    request_id: str
 
     def json(self) -> Any:
         return json.loads(self.body)
@@ -43,30 +42,16 @@ class Abused:
     database: asyncpg.Connection
 
     def send(self, body: bytes, *headers: tuple[bytes, bytes]) -> Answer:
-        """Send one `POST /test-log`, every byte as it is given.
-
-        Args:
-            body: The body.
-            headers: The headers, but for Host and those that tell where the body ends. A request id is added
-                where they have none.
-        """
-        lines = list(headers)
-        request_id = uuid4().hex
-        if all(name.lower() != b"x-request-id" for name, _ in lines):
-            lines.append((b"X-Request-ID", request_id.encode()))
-        lines.append((b"Content-Length", str(len(body)).encode()))
-        head = b"".join(b"%b: %b\r\n" % line for line in lines)
-        return self.send_raw(b"POST /test-log HTTP/1.1\r\nHost: cc\r\n" + head + b"\r\n" + body, request_id)
-
-    def send_raw(self, request: bytes, request_id: str = "") -> Answer:
-        """Send bytes and read one answer."""
+        """Send one `POST /test-log`, every byte as it is given, with Host and Content-Length added."""
+        lines = [(b"Host", b"cc"), *headers, (b"Content-Length", b"%d" % len(body))]
+        head = b"POST /test-log HTTP/1.1\r\n" + b"".join(b"%b: %b\r\n" % line for line in lines)
         with socket.create_connection(("127.0.0.1", self.service.port), timeout=30) as client:
             # A server may answer, and close, before it has read everything.
             with contextlib.suppress(ConnectionError):
-                client.sendall(request)
+                client.sendall(head + b"\r\n" + body)
             response = http.client.HTTPResponse(client)
             response.begin()
-            return Answer(response.status, response.headers, response.read(), request_id)
+            return Answer(response.status, response.headers, response.read())
 
     def fetch(self, query: str, *values: Any) -> list[asyncpg.Record]:
         """Run a query."""
@@ -76,7 +61,7 @@ class Abused:
     @cached_property
     def documented(self) -> set[str]:
         """The statuses that the service's own description names for `POST /test-log`."""
-        openapi = self.send_raw(b"GET /openapi.json HTTP/1.1\r\nHost: cc\r\n\r\n").json()
+        openapi = httpx.get(f"{self.service.url}/openapi.json").json()
         return set(openapi["paths"]["/test-log"]["post"]["responses"])
 
     def records(self) -> int:
