@@ -26,9 +26,7 @@ from support.cluster import (
     fetch,
     locked,
     log,
-    post,
     progress,
-    stored,
     waiting,
 )
 
@@ -135,16 +133,6 @@ def test_sigterm_under_load_finishes_requests_and_delivers_their_spans(
     traces = by_trace(receiver.spans)
     for answer in answers:
         assert is_complete(answer.json(), traces[answer.json()["trace_id"]], rows)
-
-
-def test_sigterm_finishes_a_request_in_flight(run: Run, database_url: str) -> None:
-    with run("--app-dir=tests", app="support.endpoints:app") as service, ThreadPoolExecutor(1) as pool:
-        before = stored(database_url)["event"]
-        slow = pool.submit(post, f"{service.url}/slow", json={"seconds": 1})
-        until(lambda: stored(database_url)["event"] > before)
-        assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
-        assert slow.result().status_code == HTTPStatus.OK
-        assert "Traceback" not in service.log
 
 
 def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run: Run, database_url: str) -> None:

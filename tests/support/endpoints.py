@@ -73,11 +73,3 @@ async def refuse(session: DBSession, seconds: Annotated[float, Body(embed=True)]
     await session.execute(text("SELECT 1"))
     await asyncio.sleep(seconds)
     raise HTTPException(409)
-
-
-@app.post("/slow")
-async def slow(log_l1: LogL1, seconds: Annotated[float, Body(embed=True)]) -> None:
-    """Take some time between two records."""
-    await log_l1(EventRecord("slow.begun", {}))
-    await asyncio.sleep(seconds)
-    await log_l1(EventRecord("slow.ended", {}))

@@ -141,10 +141,3 @@ def test_every_file_that_the_documentation_names_exists() -> None:
     for script in re.findall(r"\./scripts/(\w+(?:\.py)?)", "".join(DOCUMENTS.values())):
         path = ROOT / "scripts" / script
         assert os.access(path, os.X_OK), script
-
-
-def test_every_script_says_in_its_first_lines_what_it_does() -> None:
-    for script in (ROOT / "scripts").iterdir():
-        if script.is_file():
-            first, second = script.read_text().splitlines()[:2]
-            assert second.startswith("# ") or '"""' in first + second, script
