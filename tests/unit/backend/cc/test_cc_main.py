@@ -53,20 +53,11 @@ async def test_a_request_is_one_whole_trace_with_ids_and_names_and_no_content(
     assert prompt.parent == event.parent == server.context
     assert {format(span.context.trace_id, "032x") for span in spans} == {answer["trace_id"]}
     assert {attributes(span)["request_id"] for span in spans} == {answer["request_id"]}
-    assert (
-        attributes(prompt).items()
-        >= {
-            "mem0.record_id": answer["prompt_trace_id"],
-            "mem0.event_type": "prompt_trace",
-        }.items()
-    )
-    assert (
-        attributes(event).items()
-        >= {
-            "mem0.record_id": answer["event_log_id"],
-            "mem0.event_type": "session_start",
-        }.items()
-    )
+    for span, record_id, event_type in (
+        (prompt, answer["prompt_trace_id"], "prompt_trace"),
+        (event, answer["event_log_id"], "session_start"),
+    ):
+        assert attributes(span).items() >= {"mem0.record_id": record_id, "mem0.event_type": event_type}.items()
     assert attributes(server).items() >= {"layer": "api", "http.response.status_code": 200}.items()
     logfires = {"logfire.msg", "logfire.span_type", "request_id"}
     http = {"http.request.method", "http.response.status_code", "http.route", "network.protocol.version"}

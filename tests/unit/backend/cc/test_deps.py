@@ -19,8 +19,10 @@ from backend.cc.deps import DBSession, LogL1, get_db_session
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1 as log_into
 from support.clients import TestClient
+from support.cluster import fetch
 
 EVENT = EventRecord("tool.called", {})
+COUNT = "SELECT (SELECT count(*) FROM things), (SELECT count(*) FROM mem0_cc.event_log)"
 INSERT = text("INSERT INTO things DEFAULT VALUES")
 ROLLBACKS = {"502": HTTPException(502), "500": RuntimeError()}
 
@@ -96,8 +98,7 @@ async def app(app: Service, db: asyncpg.Connection) -> Service:
 
 async def count(db: asyncpg.Connection) -> tuple[int, int]:
     """Count the things and the events that are committed."""
-    counts = await db.fetchrow("SELECT (SELECT count(*) FROM things), (SELECT count(*) FROM mem0_cc.event_log)")
-    return tuple(counts)
+    return tuple(await db.fetchrow(COUNT))
 
 
 async def test_what_an_endpoint_writes_is_committed_when_the_answer_arrives(
@@ -167,20 +168,17 @@ async def test_after_the_end_of_the_request_a_record_is_committed_and_a_query_re
 def test_what_a_websocket_has_acknowledged_is_committed_at_once_and_its_own_writes_at_its_end(
     app: Service, database_url: str
 ) -> None:
-    async def look() -> tuple[int, int]:
-        connection = await asyncpg.connect(database_url)
-        try:
-            return await count(connection)
-        finally:
-            await connection.close()
+    def look() -> tuple[int, int]:
+        [row] = fetch(database_url, COUNT)
+        return tuple(row)
 
     with TestClient(app) as client, client.websocket_connect("/socket") as websocket:
         for number in (1, 2):
             websocket.send_text("")
             websocket.receive_text()
-            assert asyncio.run(look()) == (0, number)
+            assert look() == (0, number)
         websocket.close()
-    assert asyncio.run(look()) == (1, 2)
+    assert look() == (1, 2)
 
 
 async def test_an_override_of_the_session_is_what_everything_is_written_to(

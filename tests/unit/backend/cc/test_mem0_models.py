@@ -1,5 +1,4 @@
 from datetime import UTC, datetime
-from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -65,9 +64,11 @@ async def test_the_migrated_tables_have_exactly_these_columns_and_none_may_be_nu
     assert found == COLUMNS
 
 
-async def test_the_migrated_constraints_are_exactly_these(db: asyncpg.Connection) -> None:
+async def test_the_migrated_constraints_are_exactly_these_and_named_as_in_the_models(db: asyncpg.Connection) -> None:
     rows = [(table.removeprefix("mem0_cc."), name, rule) for table, name, rule in await db.fetch(CATALOGUE_CONSTRAINTS)]
     assert {row for row in rows if row[0] in COLUMNS} == CONSTRAINTS
+    declared = {str(constraint.name) for table in Base.metadata.tables.values() for constraint in table.constraints}
+    assert {name for _, name, _ in rows} == declared
 
 
 async def test_records_are_found_by_request_by_trace_and_by_time(db: asyncpg.Connection) -> None:
@@ -79,25 +80,11 @@ async def test_records_are_found_by_request_by_trace_and_by_time(db: asyncpg.Con
     }
 
 
-async def test_the_models_and_the_migrated_schema_name_everything_alike(db: asyncpg.Connection) -> None:
-    rows = await db.fetch(CATALOGUE_CONSTRAINTS)
-    declared = {str(constraint.name) for table in Base.metadata.tables.values() for constraint in table.constraints}
-    assert {row["conname"] for row in rows} == declared
-
-
-def base_log(**values: Any) -> BaseLog:
-    defaults = {
-        "id": uuid4(),
-        "timestamp": datetime.now(UTC),
-        "source_module": "cc",
-        "request_id": "req-1",
-        "trace_id": "0" * 32,
-    }
-    return BaseLog(**(defaults | values))
-
-
 async def test_what_the_models_write_they_read(session: AsyncSession) -> None:
-    prompt, event = base_log(), base_log()
+    prompt, event = (
+        BaseLog(id=uuid4(), timestamp=datetime.now(UTC), source_module="cc", request_id="r", trace_id="0" * 32)
+        for _ in range(2)
+    )
     session.add_all([prompt, event])
     await session.flush()
     session.add(PromptTrace(base_log_id=prompt.id, role="user", content="hi", tokens_in=1, tokens_out=2))
