@@ -16,8 +16,7 @@ from starlette.websockets import WebSocket
 from backend.cc.cc_main import Service, create_app
 from backend.cc.config import Settings
 from backend.cc.deps import DBSession, LogL1
-from backend.cc.errors import DatabaseUnavailableError
-from backend.cc.exception_handlers import add_exception_handlers, database_unavailable
+from backend.cc.exception_handlers import add_exception_handlers
 from backend.cc.records import PromptRecord
 from backend.cc.services.logging import log_l1 as log_into
 from support.clients import TestClient, client_of
@@ -75,11 +74,13 @@ async def own_timeout(_: DBSession) -> None:
     raise TimeoutError
 
 
-@router.websocket("/socket")
-async def socket(websocket: WebSocket, log_l1: LogL1, *, early: bool = False) -> None:
-    if early:
+@router.websocket("/socket/{when}")
+async def socket(websocket: WebSocket, log_l1: LogL1, when: str) -> None:
+    if when == "early":
         await log_l1(PROMPT)
     await websocket.accept()
+    if when == "closed":
+        await websocket.close()
     await log_l1(PROMPT)
 
 
@@ -159,7 +160,7 @@ async def test_statements_that_somebody_has_dropped_are_one_503_and_prepared_ane
     assert [(await client.post(path)).status_code for path in paths] == [200, 200, 503, 200]
 
 
-async def open_socket(app: FastAPI, query: bytes = b"") -> list[Message]:
+async def open_socket(app: FastAPI, when: str) -> list[Message]:
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -167,44 +168,29 @@ async def open_socket(app: FastAPI, query: bytes = b"") -> list[Message]:
 
     async def send(message: Message) -> None:
         sent.append(message)
+        if when == "gone" and message["type"] == "websocket.close":
+            raise OSError
 
-    extensions: dict[str, object] = {"websocket.http.response": {}}
-    scope = {"type": "websocket", "path": "/socket", "headers": [], "query_string": query, "extensions": extensions}
-    await app(scope, receive, send)
+    scope = {"type": "websocket", "path": f"/socket/{when}", "headers": [], "query_string": b""}
+    await app({**scope, "extensions": {"websocket.http.response": {}}}, receive, send)
     return sent
 
 
-async def test_an_outage_closes_a_websocket_and_asks_to_try_again(unreachable: FastAPI) -> None:
-    accepted, closed = await open_socket(unreachable)
-    assert (accepted["type"], closed["type"], closed["code"]) == ("websocket.accept", "websocket.close", 1013)
+@pytest.mark.parametrize(("when", "code"), [("open", 1013), ("closed", 1000), ("gone", 1013)])
+async def test_an_outage_closes_a_websocket_and_asks_to_try_again_and_is_no_other_error_if_it_has_ended(
+    unreachable: FastAPI, when: str, code: int
+) -> None:
+    accepted, closed = await open_socket(unreachable, when)
+    assert (accepted["type"], closed["type"], closed["code"]) == ("websocket.accept", "websocket.close", code)
 
 
 async def test_an_outage_is_a_503_to_a_websockets_handshake(
     unreachable: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = (await open_socket(unreachable, b"early=true"))[0]
-    assert "WS /socket: 503, the database is unavailable" in caplog.text
+    answer = (await open_socket(unreachable, "early"))[0]
+    assert "WS /socket/{when}: 503, the database is unavailable" in caplog.text
     assert (answer["type"], answer["status"]) == ("websocket.http.response.start", 503)
     assert [name for name, _ in answer["headers"]].count(b"x-request-id") == 1
-
-
-@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "gone"])
-async def test_an_outage_after_the_end_of_a_websocket_is_no_other_error(
-    caplog: pytest.LogCaptureFixture, *, is_closed: bool
-) -> None:
-    async def receive() -> Message:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Message) -> None:
-        if message["type"] == "websocket.close" and not is_closed:
-            raise OSError
-
-    websocket = WebSocket({"type": "websocket", "state": {"request_id": "mine"}}, receive, send)
-    await websocket.accept()
-    if is_closed:
-        await websocket.close()
-    assert await database_unavailable(websocket, DatabaseUnavailableError("no more")) is None
-    assert caplog.messages == ["WS : 503, no more"]
 
 
 # Whatever else an endpoint raises is its own: a 500, or what the application's own handlers make of it
