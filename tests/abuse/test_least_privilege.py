@@ -10,6 +10,9 @@ import httpx
 import pytest
 from sqlalchemy import make_url
 
+from backend.cc.config import Settings
+from backend.cc.database import Database
+from backend.cc.services.logging import EventRecord, log_l1
 from devtools.service import running_service
 from devtools.waiting import until
 from support.cluster import locked, waiting
@@ -18,11 +21,18 @@ from support.database import run_alembic, with_database
 TABLES = ("base_log", "prompt_trace", "event_log")
 
 
-def test_the_service_runs_as_a_role_that_can_only_insert(role_urls: dict[str, str], tmp_path: Path) -> None:
+def test_the_service_runs_as_a_role_that_can_only_insert_and_retry(role_urls: dict[str, str], tmp_path: Path) -> None:
     with running_service(role_urls["cc_runtime"], tmp_path / "service.log") as service:
         for body in ({}, {"content": "hello", "payload": {"k": 1}}):
             answer = httpx.post(f"{service.url}/test-log", json=body)
             assert answer.status_code == 200, service.log
+
+    async def retry() -> None:
+        async with Database(Settings(database_url=role_urls["cc_runtime"])) as database, database.session() as session:
+            record_id = await log_l1(session, EventRecord("tried", {}))
+            assert await log_l1(session, EventRecord("tried", {}), record_id=record_id) == record_id
+
+    asyncio.run(retry())
 
     async def try_everything_else() -> None:
         connection = await asyncpg.connect(role_urls["cc_runtime"])

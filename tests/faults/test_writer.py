@@ -12,7 +12,6 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import make_url
 
 import backend.cc.writer
 from backend.cc.config import Settings
@@ -243,19 +242,3 @@ async def test_what_is_queued_is_written_before_the_writer_is_closed(
         ids = {task.result() for task in tasks}
         assert await stored(db, ids) == ids
         await fetches(db, BACKENDS, lambda pids: pids is None)
-
-
-async def test_a_role_that_may_only_insert_can_retry(database_url: str, db: asyncpg.Connection) -> None:
-    role = f"inserts_{uuid4().hex}"
-    await db.execute(f"""
-        CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA mem0_cc TO {role};
-        GRANT INSERT ON ALL TABLES IN SCHEMA mem0_cc TO {role}
-    """)
-    url = make_url(database_url).set(username=role).render_as_string(hide_password=False)
-    try:
-        async with new(url) as database:
-            ids = await asyncio.gather(*calls(database, [EVENT] * 20))
-            assert await asyncio.gather(*calls(database, [EVENT] * 20, ids)) == ids
-    finally:
-        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
-    assert await stored(db, ids) == set(ids)
