@@ -1,7 +1,5 @@
 import contextlib
 import json
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 
 import asyncpg
 import pytest
@@ -16,15 +14,10 @@ from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1
 from support.database import with_database
 from support.refusals import carried_by
+from support.sessions import Begin, alone_and_joined
 from support.wire import counted
 
 EVENT = EventRecord("tool.called", {})
-
-Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
-
-alone_and_joined = pytest.mark.parametrize(
-    "begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"]
-)
 
 
 async def log(url: str, begin: Begin) -> None:

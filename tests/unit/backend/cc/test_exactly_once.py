@@ -1,7 +1,4 @@
 import asyncio
-import contextlib
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +11,9 @@ from backend.cc.database import Database
 from backend.cc.errors import DatabaseUnavailableError
 from backend.cc.records import EventRecord, PromptRecord, Record
 from backend.cc.services.logging import log_l1
+from devtools.waiting import until
+from support.cluster import waiting
+from support.sessions import Begin, alone_and_joined
 
 PROMPT = PromptRecord("user", "first", tokens_in=1, tokens_out=2)
 EVENT = EventRecord("first", {"n": 1})
@@ -25,20 +25,9 @@ ROWS = """
     FULL JOIN mem0_cc.event_log event ON event.base_log_id = base.id
 """
 
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-
-Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
-
 
 async def rows(db: asyncpg.Connection) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in await db.fetch(ROWS)]
-
-
-async def waiting(db: asyncpg.Connection) -> None:
-    """Return when a connection waits for another transaction."""
-    async with asyncio.timeout(5):
-        while not await db.fetchval(WAITING):  # noqa: ASYNC110 - the server notifies nobody
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("record_id", [None, UUID(int=7)], ids=["new", "given"])
@@ -50,7 +39,7 @@ async def test_the_error_of_an_outage_names_the_id_that_was_tried(record_id: UUI
     assert raised.value.record_id == record_id or (record_id is None and raised.value.record_id.version == 7)
 
 
-@pytest.mark.parametrize("begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"])
+@alone_and_joined
 @pytest.mark.parametrize(
     ("record", "other"),
     [(PROMPT, PromptRecord("assistant", "second")), (EVENT, EventRecord("second", {}))],
@@ -87,14 +76,16 @@ async def test_a_record_that_was_rolled_back_is_written_by_the_second_call(
     assert await rows(db) == [(record_id, "r", None, "second")]
 
 
-async def test_two_calls_at_once_with_one_id_write_one_record(database: Database, db: asyncpg.Connection) -> None:
+async def test_two_calls_at_once_with_one_id_write_one_record(
+    database: Database, database_url: str, db: asyncpg.Connection
+) -> None:
     """The second waits for the transaction of the first, which may be one whose connection was lost."""
     record_id = uuid4()
     async with database.session() as first, database.session() as second:
         async with first.begin():
             await log_l1(first, EVENT, record_id=record_id, request_id="r")
             repeated = asyncio.create_task(log_l1(second, EventRecord("second", {}), record_id=record_id))
-            await waiting(db)
+            await asyncio.to_thread(until, lambda: waiting(database_url) == 1)
         assert await repeated == record_id
     assert await rows(db) == [(record_id, "r", None, "first")]
 

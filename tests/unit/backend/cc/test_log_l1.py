@@ -2,8 +2,6 @@ import asyncio
 import contextlib
 import json
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -33,17 +31,13 @@ from backend.cc.services.logging import INSERT_EVENT, INSERT_PROMPT, log_l1
 from common.logger_logfire import configure_logfire
 from common.request_id_middleware import request_id_var
 from support.refusals import REFUSALS, carried_by
+from support.sessions import Begin, alone_and_joined
 from support.wire import counted
 
 PROMPT = PromptRecord("user", "What is the capital of France?", tokens_in=9, tokens_out=0)
 EVENT = EventRecord("tool.called", {"tool": "search", "hits": [1, 2]})
 SECRET = "a prompt nobody may read"
 
-Begin = Callable[[AsyncSession], AbstractAsyncContextManager[object]]
-
-alone_and_joined = pytest.mark.parametrize(
-    "begin", [contextlib.nullcontext, AsyncSession.begin], ids=["alone", "joined"]
-)
 each_kind = pytest.mark.parametrize("record", [PROMPT, EVENT], ids=["prompt", "event"])
 
 
