@@ -2,10 +2,7 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import AsyncIterator
@@ -24,7 +21,6 @@ from backend.cc.cc_main import Service, create_app
 from backend.cc.config import Settings
 from backend.cc.deps import DBSession
 from backend.cc.services.logging import EventRecord, log_l1
-from devtools import ROOT
 from support.clients import TestClient, client_of
 
 CALLERS_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -249,17 +245,3 @@ async def test_a_body_at_the_limit_is_taken(settings: Settings) -> None:
             body = json.dumps({"content": "x" * (size - len('{"content": ""}'))})
             response = await client.post("/test-log", content=body, headers={"content-type": "application/json"})
             assert (len(body), response.status_code) == (size, status)
-
-
-def test_without_a_database_url_the_error_names_the_variable() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
-    started = subprocess.run(
-        [sys.executable, "-c", "import backend.cc.cc_main"],
-        env={**environment, "PYTHONPATH": str(ROOT / "src"), "LOGFIRE_TOKEN": "secret"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert started.returncode != 0
-    assert "database_url\n  Field required" in started.stderr
-    assert "secret" not in started.stderr

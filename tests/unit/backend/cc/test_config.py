@@ -58,6 +58,7 @@ async def test_a_setting_of_the_server_is_written_as_an_option(database_url: str
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("DATABASE_URL", ""),
         ("CC_DB_BATCH_SIZE", "0"),
         ("CC_DB_POOL_SIZE", "0"),
         ("CC_DB_TIMEOUT_SECONDS", "0"),
