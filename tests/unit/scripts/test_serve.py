@@ -14,7 +14,6 @@ import pytest
 from devtools import ROOT, serve
 from devtools.ports import HOST, free_port
 from devtools.waiting import until
-from support.cluster import locked, waiting
 
 
 @contextlib.contextmanager
@@ -48,21 +47,6 @@ def test_help_and_a_wrong_option_are_answered_before_a_database_is_started(
         assert process.wait(15) == code
     assert printed in (tmp_path / "log").read_text()
     assert not (tmp_path / "home").exists()
-
-
-def test_a_ctrl_c_during_the_migration_ends_it_with_130_and_without_a_traceback(
-    database_url: str, tmp_path: Path
-) -> None:
-    environment = {"DATABASE_URL": database_url, "PORT": str(free_port())}
-    with (
-        locked(database_url, "public.alembic_version_cos_cc"),
-        serving(tmp_path / "log", **environment) as process,
-    ):
-        until(lambda: waiting(database_url) == 1, what="the migration waits")
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(15) == 128 + signal.SIGINT
-        assert (tmp_path / "log").read_text() == ""
-    until(lambda: waiting(database_url) == 0, what="the migration has ended")
 
 
 @pytest.mark.parametrize(
