@@ -1,10 +1,9 @@
-"""A proxy in front of PostgreSQL that counts what a client sends. It can be further away, or lead to another server."""
+"""A proxy in front of PostgreSQL that counts what a client sends, and can lead to another server."""
 
 import contextlib
 import socket
 import socketserver
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,13 +42,11 @@ class Wire:
 
 
 @contextlib.contextmanager
-def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
+def counted(database_url: str) -> Iterator[Wire]:
     """Run a proxy on a TCP port of the loopback interface. Its threads serve synchronous and asynchronous clients.
 
     Args:
         database_url: A server on a Unix socket (`?host=DIRECTORY`) or on a TCP port, without TLS.
-        delay: Seconds that each round trip takes longer. Threads that sleep keep to fractions of a millisecond,
-            which the timers of an event loop do not.
 
     Yields:
         What passes.
@@ -71,8 +68,6 @@ def counted(database_url: str, *, delay: float = 0) -> Iterator[Wire]:
                     unsent += head + self.rfile.read(int.from_bytes(head[typed:], "big") - 4)
                     kind, typed = head[:typed], 1
                     wire.messages[kind] += 1
-                    if kind in _ROUND_TRIPS:
-                        time.sleep(delay)
                     if kind not in _UNANSWERED:
                         postgres.sendall(unsent)
                         unsent = b""
