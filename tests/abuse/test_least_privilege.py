@@ -1,8 +1,6 @@
 """The service runs as a role that can add records and nothing else: docs/roles.sql, executed."""
 
 import asyncio
-import subprocess
-import sys
 from pathlib import Path
 
 import asyncpg
@@ -68,22 +66,16 @@ def test_the_service_runs_as_a_role_that_can_only_insert_and_retry(role_urls: di
     asyncio.run(try_everything_else())
 
 
-INSERT = """
-import asyncio, asyncpg, sys
-async def insert():
-    connection = await asyncpg.connect(sys.argv[1])
-    await connection.execute("INSERT INTO mem0_cc.base_log DEFAULT VALUES")
-asyncio.run(insert())
-"""
-
-
 def test_a_statement_whose_client_has_gone_stops_waiting(postgres_url: str, role_urls: dict[str, str]) -> None:
     url = with_database(postgres_url, str(make_url(role_urls["cc_runtime"]).database))
-    with locked(url):
-        client = subprocess.Popen([sys.executable, "-c", INSERT, role_urls["cc_runtime"]])
+    with locked(url), asyncio.Runner() as runner:
+        client = runner.run(asyncpg.connect(role_urls["cc_runtime"]))
+        statement = runner.get_loop().create_task(client.execute("INSERT INTO mem0_cc.base_log DEFAULT VALUES"))
+        runner.run(asyncio.sleep(0))  # sends it
         until(lambda: waiting(url) == 1, what="the statement waits for the lock")
-        client.kill()
-        client.wait()
+        client.terminate()
+        runner.run(asyncio.wait([statement]))
+        assert isinstance(statement.exception(), asyncpg.ConnectionDoesNotExistError)
         until(lambda: waiting(url) == 0, 5, "its server process has ended")
 
 
