@@ -11,6 +11,8 @@ from backend.cc.database import Database
 from backend.cc.errors import STALE_CONNECTION, DatabaseError, DatabaseUnavailableError
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1
+from devtools.waiting import until
+from support.cluster import waiting
 
 EVENT = EventRecord("tool.called", {"n": 1})
 
@@ -137,15 +139,13 @@ async def test_a_second_loop_while_the_first_runs_is_told_to_make_another_databa
     assert len(await events(db)) == 2
 
 
-async def test_what_the_engine_alone_has_opened_is_closed_too(settings: Settings, db: asyncpg.Connection) -> None:
+async def test_what_the_engine_alone_has_opened_is_closed_too(settings: Settings, database_url: str) -> None:
     database = Database(settings)
     async with database.engine.connect() as connection:
         pid = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
         assert await database.session(bind=connection).scalar(text("SELECT pg_backend_pid()")) == pid
     await database.aclose()
-    async with asyncio.timeout(5):
-        while await db.fetchval("SELECT true FROM pg_stat_activity WHERE pid = $1", pid):  # noqa: ASYNC110 - see above
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: not waiting(database_url, f"pid = {pid}"))
 
 
 def test_a_session_may_be_made_before_the_loop_runs(settings: Settings) -> None:

@@ -1,6 +1,5 @@
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from uuid import UUID
 
 import asyncpg
@@ -36,7 +35,6 @@ QUERIES: dict[str, Executable] = {
     "no-table": text("SELECT 1 FROM nowhere"),
     "wrong-place": text("VACUUM"),
     "no-value": select(bindparam("x", required=True)),
-    "deallocating": text("DEALLOCATE ALL"),
 }
 TABLES = """
 CREATE TABLE parents (id int PRIMARY KEY);
@@ -91,15 +89,6 @@ def app(app: Service) -> Service:
 
 
 @pytest.fixture
-async def impatient(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a service that waits for a lock no longer than 0.1 s."""
-    app = create_app(Settings(database_url=f"{database_url}&options=-c%20lock_timeout%3D100ms"))
-    app.include_router(router)
-    async with client_of(app) as client:
-        yield client
-
-
-@pytest.fixture
 def unreachable() -> Service:
     """A service without its database."""
     app = create_app(Settings(database_url=NOWHERE))
@@ -111,12 +100,15 @@ def unreachable() -> Service:
 
 
 async def test_a_503_names_the_request_and_the_record_if_there_is_one_and_is_one_warning(
-    impatient: httpx.AsyncClient, db: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+    database_url: str, db: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with db.transaction():
+    app = create_app(Settings(database_url=f"{database_url}&options=-c%20lock_timeout%3D100ms"))
+    app.include_router(router)
+    caplog.clear()
+    async with db.transaction(), client_of(app) as client:
         await db.execute("LOCK TABLE mem0_cc.base_log, mem0_cc.event_log")
-        response = await impatient.post("/test-log?token=secret", json={"content": SECRET}, headers=MINE)
-        of_a_query = await impatient.post("/query/locked", headers=MINE)
+        response = await client.post("/test-log?token=secret", json={"content": SECRET}, headers=MINE)
+        of_a_query = await client.post("/query/locked", headers=MINE)
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
     answer = response.json()
     assert UUID(answer.pop("record_id")).version == 7
@@ -153,11 +145,6 @@ async def test_a_full_pool_a_slow_query_and_a_connection_that_dies_are_a_503_for
             await db.execute("LOCK TABLE mem0_cc.event_log")
             assert (await client.post("/query/locked")).status_code == 503
         assert (await client.post("/query/locked")).status_code == 200
-
-
-async def test_statements_that_somebody_has_dropped_are_one_503_and_prepared_anew(client: httpx.AsyncClient) -> None:
-    paths = ["/log-joined", "/query/deallocating", "/log-joined", "/log-joined"]
-    assert [(await client.post(path)).status_code for path in paths] == [200, 200, 503, 200]
 
 
 async def open_socket(app: FastAPI, when: str) -> list[Message]:

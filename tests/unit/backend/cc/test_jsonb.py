@@ -1,9 +1,8 @@
 import json
 import math
-import sys
 from array import array
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -22,27 +21,6 @@ from backend.cc.jsonb import DEPTH_MAX, to_jsonb
 
 def written(payload: Mapping[Any, Any]) -> Any:
     return json.loads(to_jsonb(payload))
-
-
-@pytest.fixture(params=[4300, 640])
-def digits(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The interpreter's limit on the digits of an integer: the default, and the lowest that can be set."""
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(request.param)
-    yield request.param
-    sys.set_int_max_str_digits(before)
-
-
-def test_an_integer_of_more_digits_than_python_prints_is_written_as_hexadecimal_text(digits: int) -> None:
-    most, more, long = 10**digits - 1, 10**digits, 16**166_000 - 1
-    payload = {"most": -most, "more": more, "long": long, "in": [{"long": -long}], long: "key"}
-    assert written(payload) == {
-        "most": -most,
-        "more": hex(more),
-        "long": hex(long),
-        "in": [{"long": hex(-long)}],
-        hex(long): "key",
-    }
 
 
 class Colour(Enum):
@@ -124,7 +102,8 @@ PAYLOADS: list[tuple[dict[Any, Any], Any]] = [
     ({"a": math.nan, "b": [math.inf, -math.inf]}, {"a": None, "b": [None, None]}),
     ({"a": 2**63, "b": -(10**4000)}, None),
     ({"a": 10**4300 - 1, "b": math.nan}, {"a": 10**4300 - 1, "b": None}),
-    ({"a": 10**4300}, {"a": hex(10**4300)}),
+    ({"a": 10**4300, -(10**4300): "key"}, {"a": hex(10**4300), hex(-(10**4300)): "key"}),
+    ({"a": [{"b": 1 - 16**166_000}]}, {"a": [{"b": hex(1 - 16**166_000)}]}),
     ({"a": UUID(int=7)}, {"a": str(UUID(int=7))}),
     ({"a": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}, {"a": "2026-01-02T03:04:05Z"}),
     ({"a": date(2026, 1, 2), "b": timedelta(hours=1)}, {"a": "2026-01-02", "b": "PT1H"}),

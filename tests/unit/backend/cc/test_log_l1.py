@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import traceback
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -215,10 +216,7 @@ CREATE TRIGGER suppress BEFORE INSERT ON mem0_cc.{} FOR EACH ROW EXECUTE FUNCTIO
 
 @pytest.mark.parametrize(
     ("statement", "code"),
-    [
-        ("DROP SCHEMA mem0_cc CASCADE", "42P01"),
-        (SUPPRESS.format("event_log"), "suppressed"),
-    ],
+    [("DROP SCHEMA mem0_cc CASCADE", "42P01"), (SUPPRESS.format("event_log"), "suppressed")],
 )
 async def test_the_span_of_a_refused_record_says_why_and_no_more(
     session: AsyncSession, db: asyncpg.Connection, spans: InMemorySpanExporter, statement: str, code: str
@@ -280,8 +278,15 @@ async def test_with_asyncpg_instrumented_a_joined_statement_is_a_child_of_the_sp
 )
 @alone_and_joined
 async def test_a_refusal_is_an_error_that_carries_nothing_of_the_row(
-    session: AsyncSession, db: asyncpg.Connection, *, change: str, unavailable: bool, begin: Begin
+    session: AsyncSession,
+    db: asyncpg.Connection,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    change: str,
+    unavailable: bool,
+    begin: Begin,
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     await db.execute(change.format(name=await db.fetchval("SELECT current_database()")))
     with pytest.raises(DatabaseError) as raised:
         async with begin(session):
@@ -289,7 +294,7 @@ async def test_a_refusal_is_an_error_that_carries_nothing_of_the_row(
     assert isinstance(raised.value, DatabaseUnavailableError) is unavailable
     assert "SQLSTATE" in str(raised.value)
     assert carried_by(raised.value) == [raised.value]
-    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    assert SECRET not in "".join(traceback.format_exception(raised.value)) + caplog.text
 
 
 @alone_and_joined
@@ -354,6 +359,7 @@ async def test_a_joined_record_is_bounded_in_time_and_its_connection_replaced(
 
 
 @each_kind
+@pytest.mark.timing
 @pytest.mark.benchmark(group="one durable record")
 def test_latency_of_log_l1(benchmark: BenchmarkFixture, settings: Settings, record: Record) -> None:
     configure_logfire("cos-cc")

@@ -67,10 +67,8 @@ async def test_both_rows_are_committed_and_linked_when_the_answer_arrives(
     assert answer.keys() == {"request_id", "trace_id", "prompt_trace_id", "event_log_id"}
     assert answer["request_id"] == response.headers["x-request-id"]
     rows = await db.fetch("SELECT id::text, request_id, trace_id FROM mem0_cc.base_log ORDER BY id")
-    assert [tuple(row) for row in rows] == [
-        (answer["prompt_trace_id"], answer["request_id"], answer["trace_id"]),
-        (answer["event_log_id"], answer["request_id"], answer["trace_id"]),
-    ]
+    ids = answer["request_id"], answer["trace_id"]
+    assert [tuple(row) for row in rows] == [(answer["prompt_trace_id"], *ids), (answer["event_log_id"], *ids)]
     assert await stored(db, answer) == (
         {"role": "user", "content": "", "tokens_in": 0, "tokens_out": 0},
         {"event_type": "test_log", "payload": {"message": "hello"}},
@@ -104,13 +102,10 @@ async def test_every_key_goes_where_it_belongs_and_the_rest_into_the_payload(
         (b"", ["body"]),
         (b"null", ["body"]),
         (b'["secret"]', ["body"]),
-        (b'"secret"', ["body"]),
         (b"{", ["body", 1]),
-        (b"{}{}", ["body", 2]),
         (b'{"k": "secret\0"}', ["body", 13]),
         (b'{"role": ""}', ["body", "role"]),
         (b'{"role": 5}', ["body", "role"]),
-        (b'{"role": null}', ["body", "role"]),
         (b'{"role": "' + b"r" * 256 + b'"}', ["body", "role"]),
         (rb'{"role": "secret\ud800"}', ["body", "role"]),
         (b'{"content": ["secret"]}', ["body", "content"]),
@@ -122,7 +117,6 @@ async def test_every_key_goes_where_it_belongs_and_the_rest_into_the_payload(
         (b'{"event_type": ""}', ["body", "event_type"]),
         (b'{"event_type": {"secret": 1}}', ["body", "event_type"]),
         (b'{"payload": ["secret"]}', ["body", "payload"]),
-        (b'{"payload": null}', ["body", "payload"]),
         (b'{"payload": {"secret": 1}, "secret": 2}', ["body"]),
     ],
 )
@@ -187,10 +181,8 @@ async def test_an_unreachable_database_is_a_503() -> None:
     [
         ("Application/JSON; charset=utf-8", 200),
         (None, 422),
-        ("", 422),
         ("text/plain", 422),
         ("application/x-www-form-urlencoded", 422),
-        ("application/jsonp", 422),
     ],
 )
 async def test_a_body_is_json_only_if_it_says_so(
