@@ -35,14 +35,6 @@ from backend.cc.database import Database  # noqa: E402
 from support.clients import client_of  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each benchmark as a test that measures time."""
-    for item in items:
-        if "benchmark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timing)
-
-
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """The server that the tests of a process share: CC_TEST_DATABASE_URL, or an embedded one that is thrown away."""

@@ -19,12 +19,8 @@ ADMITTED = LIMIT - 1
 def connections(service: Service) -> int:
     """Count the clients' connections that the service has accepted."""
     [process] = processes(service)
-    accepted = [
-        each
-        for each in process.net_connections("tcp")
-        if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == service.port
-    ]
-    return len(accepted)
+    found = process.net_connections("tcp")
+    return sum(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == service.port for each in found)
 
 
 def assert_refused_by_uvicorn(answer: httpx.Response) -> None:

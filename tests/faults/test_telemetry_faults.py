@@ -1,9 +1,7 @@
 """What becomes of requests when the other end of the exporter fails, and of spans when the process ends."""
 
 import signal
-import socket
 import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http import HTTPStatus
@@ -144,15 +142,3 @@ def test_sigterm_does_not_wait_for_a_database_that_hangs(postgres: Postgres, run
         assert {answer.result().status_code for answer in answers} == {HTTPStatus.OK}
         postgres.freeze()
         assert service.stop(SHUTDOWN) in (0, -signal.SIGTERM)
-
-
-def test_sigterm_does_not_wait_for_a_client_that_never_finishes(run: Run) -> None:
-    """`--timeout-graceful-shutdown`, which ./scripts/serve and README.md set, is enough."""
-    with run("--timeout-graceful-shutdown=1") as service:
-        assert log(service).status_code == HTTPStatus.OK
-        with socket.create_connection(("127.0.0.1", service.port)) as client:
-            client.sendall(b"POST /test-log HTTP/1.1\r\nHost: cc\r\nContent-Type: application/json\r\n")
-            client.sendall(b"Content-Length: 10\r\n\r\n{")
-            time.sleep(0.5)  # for the request to be read; were it too short, it would prove less
-            assert service.stop(1 + SHUTDOWN) in (0, -signal.SIGTERM)
-        assert "Cancel 1 running task(s)" in service.log

@@ -114,15 +114,10 @@ def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
     assert subprocess.check_output(command, text=True) == "./scripts/serve --workers 2\n"
 
 
-def test_a_port_that_is_taken_is_refused_with_the_way_out(environment: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+def test_a_port_that_is_taken_and_a_viewer_that_does_not_start_are_refused_with_the_way_out(environment: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"TRACES_PORT={port + 1}" in refused(environment, port)
-
-
-def test_a_viewer_that_does_not_start_is_shown_with_its_log(environment: Path) -> None:
     (stub,) = environment.glob("lib/python*/site-packages/lighttrace.py")
     stub.write_text("raise SystemExit('out of order')")
     assert "out of order" in refused(environment, free_port())
