@@ -5,16 +5,20 @@ import logging
 from opentelemetry import trace
 from uvicorn.logging import DefaultFormatter
 
-from common.request_id_middleware import request_id_var
+from common.request_id_middleware import NOTE, request_id_var
 
 
 class RequestIDFilter(logging.Filter):
     """Add `request_id` and `trace_id`, or None, to the log records of a handler; a record's own ids stay."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        # An exception is logged when its request is over. The middleware has noted the id on it.
+        notes = getattr(record.exc_info[1], "__notes__", ()) if record.exc_info else ()
+        noted = (note.removeprefix(NOTE) for note in notes if note.startswith(NOTE))
+        record.__dict__.setdefault("request_id", request_id_var.get() or next(noted, None))
         context = trace.get_current_span().get_span_context()
         trace_id = trace.format_trace_id(context.trace_id) if context.is_valid else None
-        record.__dict__ = {"request_id": request_id_var.get(), "trace_id": trace_id} | record.__dict__
+        record.__dict__.setdefault("trace_id", trace_id)
         return True
 
 
@@ -38,6 +42,7 @@ def printable(text: str) -> str:
 
 def configure_logging(*names: str) -> None:
     """Print warnings, and what the loggers `names` say from INFO up, unless the root logger is configured already."""
+    logging.getLogger("uvicorn.error").addFilter(_drop_query)
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.addFilter(RequestIDFilter())
@@ -45,3 +50,10 @@ def configure_logging(*names: str) -> None:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         for name in names:
             logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _drop_query(record: logging.LogRecord) -> bool:
+    # uvicorn prints the whole address of a WebSocket, and callers leave tokens in query strings.
+    if "WebSocket" in str(record.msg) and isinstance(record.args, tuple):
+        record.args = tuple(arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args)
+    return True

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid4
 
 HEADER: Final = b"x-request-id"
+NOTE: Final = "request id: "  # of an exception, followed by the id
 request_id_var: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 """The id of the request being served in this context; None outside any request."""
 
@@ -61,7 +62,7 @@ class RequestIDMiddleware:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
             # The server logs the traceback after this middleware has ended, so the id must be part of the exception.
-            error.add_note(f"request id: {request_id}")
+            error.add_note(NOTE + request_id)
             raise
         finally:
             request_id_var.reset(id_token)

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
             raise ValueError("must begin with postgres://, postgresql:// or postgresql+asyncpg://")
         if unknown := sorted(name for name in url.query if not _URL_PARAMETER.fullmatch(name)):
             raise ValueError(f"has unknown parameters: {', '.join(unknown)}. {_PARAMETER_HINT}")
+        if url.query.get("sslrootcert") == "system":  # asyncpg takes it for a file, and without sslmode for nothing
+            raise ValueError("can't have sslrootcert=system: name a file of certificates")
         return SecretStr(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
     @field_validator("otel_exporter_otlp_headers", "otel_exporter_otlp_traces_headers")

@@ -28,7 +28,8 @@ _UNAVAILABLE: Final = STALE_CONNECTION.union(
 _HINTS: Final = {
     "25P02": ": an earlier statement of the transaction has failed",
     **dict.fromkeys(["26000", "42P05"], ": is there a pooler without prepared statements? See docs/operations.md"),
-    **dict.fromkeys(["28000", "28P01"], ": the user or the password of DATABASE_URL is refused"),
+    "28000": ": the user of DATABASE_URL is refused, or pg_hba.conf allows no such connection, e.g. without TLS",
+    "28P01": ": the user or the password of DATABASE_URL is refused",
     "3D000": ": there is no such database",
     "42501": ": the role lacks a privilege, see docs/roles.sql",
     "42P07": ": a table of this name exists already; migrations run once, on Citus at the coordinator",
@@ -38,9 +39,10 @@ _HINTS: Final = {
 # The same for what `connect` met instead of a server, by the class of the error.
 _NO_SERVER: Final = ": nothing answers where DATABASE_URL points, or a parameter in it is wrong"
 _CONNECT_HINTS: Final = {
+    "ClientConfigurationError": ": a parameter of DATABASE_URL is wrong, or sslmode=verify-full lacks an sslrootcert",
     "ConnectionError": ": the server refuses such a connection; does it offer the TLS that sslmode asks for?",
     "FileNotFoundError": ": a file or a socket that DATABASE_URL names isn't there",
-    "SSLCertVerificationError": ": the server's certificate can't be verified; does sslrootcert name its authority?",
+    "SSLCertVerificationError": ": is the host in the server's certificate, and its authority in sslrootcert?",
     "SSLError": ": the TLS handshake failed",
     "TargetServerAttributeNotMatched": ": no server is what target_session_attrs asks for",
 }

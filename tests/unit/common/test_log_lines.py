@@ -121,6 +121,20 @@ def test_the_ids_are_filled_in_where_they_are_missing_and_never_overwritten() ->
         assert ids_of(logging.makeLogRecord({})) == ("mine", TRACE_ID)
         assert ids_of(logging.makeLogRecord({"request_id": None, "trace_id": "x"})) == (None, "x")
     request_id_var.reset(token)
+    error = ValueError()
+    error.add_note("request id: mine")  # what the server logs when the request is over
+    assert ids_of(logging.makeLogRecord({"exc_info": (ValueError, error, None)})) == ("mine", None)
+
+
+def test_uvicorns_line_about_a_websocket_has_no_query_string() -> None:
+    lines = """
+        configure_logging()
+        uvicorn = logging.getLogger("uvicorn.error")
+        uvicorn.warning('%s - "WebSocket %s" [accepted]', ("127.0.0.1", 1), "/chat?token=secret")
+        uvicorn.warning("ASGI 'lifespan' protocol?")
+    """
+    accepted = """WARNING:  ('127.0.0.1', 1) - "WebSocket /chat" [accepted]"""
+    assert printed_by(lines) == f"{accepted}\nWARNING:  ASGI 'lifespan' protocol?\n"
 
 
 def test_the_service_prints_one_line_with_the_id_for_a_request_that_it_could_not_serve(tmp_path: Path) -> None:

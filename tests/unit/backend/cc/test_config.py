@@ -39,6 +39,7 @@ def test_a_database_url_is_read_in_any_form_a_user_writes_it(written: str, read:
         ("postgresql://u:secret@one:5432,two:5432/d", r"hosts \?host=one,two&port=5432,5432"),
         (f"{URL}?client_encoding=secret", "client_encoding. .* a server's setting options=-c name=value"),
         (f"{URL}?ssl=secret&sslmode=require&direct_tls=1", r"has unknown parameters: direct_tls, ssl\."),
+        (f"{URL}?sslrootcert=system", "name a file of certificates"),
         (f"{URL}?connect_timeout=5&channel_binding=require", "channel_binding, connect_timeout. Leave out channel_b"),
     ],
 )

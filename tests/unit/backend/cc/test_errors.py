@@ -65,7 +65,7 @@ def test_an_error_that_somebody_can_put_right_says_how(state: str, hint: str) ->
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("SSLCertVerificationError", "does sslrootcert name its authority?"),
+        ("SSLCertVerificationError", "and its authority in sslrootcert?"),
         ("SSLError", "the TLS handshake failed"),
         ("AnyOtherError", "nothing answers where DATABASE_URL points"),
     ],
