@@ -87,7 +87,7 @@ def test_any_bytes_are_stored_exactly_or_refused_and_leave_nothing(abused: Abuse
 
 def test_every_answer_to_generated_requests_is_as_documented(abused: Abused) -> None:
     schema = schemathesis.openapi.from_url(f"{abused.service.url}/openapi.json")
-    for result in schema.get_all_operations():
+    for result in schema.include(path="/test-log").get_all_operations():
         operation: Any = result.ok()  # type: ignore[union-attr]
 
         @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]))
