@@ -57,7 +57,7 @@ def test_a_newcomer_sees_the_spans_of_the_first_request_and_the_way_to_more(
 ) -> None:
     log_path, port = tmp_path / "log", free_port()
     with serving(log_path, DATABASE_URL=database_url, PORT=str(port), **environment) as process:
-        until(lambda: "curl" in log_path.read_text(), what="the service runs")
+        until(lambda: "curl" in log_path.read_text(), 60, "the service runs")
         assert httpx.post(f"http://{HOST}:{port}/test-log", json={"message": "hello"}).status_code == 200
         until(lambda: "log_l1" in log_path.read_text(), what="the spans are printed, to a file as to a pipe")
         os.killpg(process.pid, signal.SIGINT)
