@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,9 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError, OperationalE
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from backend.cc.config import Settings
-from backend.cc.connection import connect
+from backend.cc.connection import CLOSE_SECONDS, connect
 from backend.cc.errors import STALE_CONNECTION, DatabaseError
-from backend.cc.writer import CLOSE_SECONDS, Writer
+from backend.cc.writer import Writer
 
 
 class Database(contextlib.AbstractAsyncContextManager["Database"]):
@@ -44,6 +45,10 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         """The writer of the running event loop."""
         self._enter()
         return self._writer
+
+    async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
+        """Write a record, in whichever event loop runs by then; see `Writer.write`."""
+        return await self.writer.write(statement, values, known=known)
 
     def session(self, **options: Any) -> AsyncSession:
         """Return a new session, with SQLAlchemy's options. It opens a connection when it is first used for a query."""

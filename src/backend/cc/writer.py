@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from asyncpg import Connection, PostgresError
 
+from backend.cc.connection import Connections
 from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, DatabaseUnavailableError, database_error
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
-CLOSE_SECONDS: Final = 3.0  # how long a connection may take to close
+CONNECT_PAUSE: Final = 0.1  # seconds until another connection is tried while some work
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
 # waits for nobody, though the row may be on the primary alone.
 BARRIER: Final = "SELECT pg_logical_emit_message(true, 'cos-cc', '')"
@@ -25,7 +26,7 @@ Connect = Callable[[float], Awaitable[Connection]]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Record:
     statement: str
     values: Sequence[Any]
@@ -63,13 +64,11 @@ class Writer:
     """
 
     def __init__(self, connect: Connect, *, size: int, batch: int, seconds: float) -> None:
-        self._connect, self._size, self._batch, self._seconds = connect, size, batch, seconds
+        self._connections, self._size, self._batch, self._seconds = Connections(connect), size, batch, seconds
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, deque[_Record]] = {}  # by statement, and each in the order of its deadlines
-        self._idle: list[Connection] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = False  # whether a task is about to run
-        self._closing: set[asyncio.Task[None]] = set()
 
     async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
         """Execute `statement`, and return once it is committed: True, or False if a trigger has suppressed the row.
@@ -106,8 +105,7 @@ class Writer:
             async with asyncio.timeout(self._seconds + 1):  # the last record's own timeout ends first
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-        self._discard(*self._idle)
-        await asyncio.gather(*self._closing)
+        await self._connections.aclose()
 
     def _wake(self) -> None:
         """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
@@ -125,21 +123,23 @@ class Writer:
         self._wake()  # for a record that came after the task's last look at the queues
 
     async def _work(self) -> None:
-        """Write batches on one connection until nothing waits."""
-        self._starting, connection = False, None
+        """Write batches until nothing waits."""
+        self._starting = False
         while batch := self._take():
             self._wake()  # what is left goes with another connection
+            connection = None
             try:
-                if connection is None:
-                    self._idle = [idle for idle in self._idle if not idle.is_closed()]
-                    connection = self._idle.pop() if self._idle else await self._connect(self._seconds_left(batch))
+                connection = await self._connections.get(self._seconds_left(batch))
                 await self._insert(connection, batch)
+                self._connections.put(connection)
             except (Exception, asyncio.CancelledError) as error:  # whatever it is, the callers must be told
-                connection = self._failed(batch, connection, error)
+                if connection is None and self._connections.trusted and isinstance(error, PostgresError):
+                    self._put_back(batch)  # the server allows no more connections: those that work take it
+                    await asyncio.sleep(min(CONNECT_PAUSE, self._seconds_left(batch)))
+                    continue
+                self._failed(batch, connection, error)
                 if isinstance(error, asyncio.CancelledError):
                     raise
-        if connection is not None:
-            self._idle.append(connection)
 
     def _take(self) -> list[_Record]:
         """Return the records that have waited longest and may share a round trip; [] if none wait."""
@@ -171,8 +171,8 @@ class Writer:
         for record in batch:
             record.end(record.known or record.values[0] in stored)
 
-    def _failed(self, batch: list[_Record], connection: Connection | None, error: BaseException) -> Connection | None:
-        """Let each record of a failed batch be tried once more, alone. Returns the connection if it is still good."""
+    def _failed(self, batch: list[_Record], connection: Connection | None, error: BaseException) -> None:
+        """Let each record of a failed batch be tried once more, alone."""
         state = error.sqlstate or "" if isinstance(error, PostgresError) else None
         is_good = connection and not (state is None or state in STALE_CONNECTION or connection.is_closed())
         is_final = len(batch) == 1 and (is_good or isinstance(error, TimeoutError))
@@ -184,24 +184,14 @@ class Writer:
             else:
                 record.tried = record.alone = True
                 record.known |= connection is not None and (state is None or state.startswith(UNKNOWN_OUTCOME))
-                # Back to its place: tasks that failed may return records in any order.
-                bisect.insort_left(self._queues[record.statement], record, key=lambda other: other.deadline)
-        if connection is None or is_good:
-            return connection
-        # A server that has ended a connection, or become read-only, has others like it.
-        self._discard(connection, *(() if isinstance(error, TimeoutError) else self._idle))
-        return None
+                self._put_back([record])
+        if is_good:
+            self._connections.put(connection)
+        elif connection is not None:
+            if connection in self._connections.trusted and not isinstance(error, TimeoutError):
+                self._connections.distrust()
+            self._connections.discard(connection)
 
-    def _discard(self, *connections: Connection) -> None:
-        self._idle = [idle for idle in self._idle if idle not in connections]
-        for connection in connections:
-            task = self._loop.create_task(_close(connection))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
-
-
-async def _close(connection: Connection) -> None:
-    # `close` also cancels what still runs; after `terminate` the server's processes would wait on, and pile up.
-    with contextlib.suppress(Exception):  # no caller waits for it
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await connection.close()
+    def _put_back(self, batch: list[_Record]) -> None:
+        for record in batch:  # each to its place: tasks that failed may return records in any order
+            bisect.insort_left(self._queues[record.statement], record, key=lambda other: other.deadline)

@@ -128,7 +128,7 @@ def _start_span(table: str, request_id: str, event_type: str, record_id: UUID) -
 def _write_for(session: AsyncSession, *, joins: bool) -> _Write:
     database = session.info.get("database")
     if isinstance(database, Database) and session.bind is database.engine and not joins:
-        return database.writer.write
+        return database.write
     return partial(_through, session)
 
 
@@ -137,8 +137,9 @@ async def _through(session: AsyncSession, statement: str, values: Sequence[Any],
     if (driver := session.get_bind(BaseLog).dialect.driver) != "asyncpg":
         raise ValueError(f"log_l1 needs a session on PostgreSQL through asyncpg, not {driver}")
     limit = asyncio.timeout(getattr(session.info.get("database"), "seconds", None))
+    turn = session.info.setdefault("log_l1", asyncio.Lock())  # `LogL1` may be called concurrently
     try:
-        async with limit, contextlib.nullcontext() if session.in_transaction() else session.begin():
+        async with limit, turn, contextlib.nullcontext() if session.in_transaction() else session.begin():
             transaction = session.sync_session.get_transaction()
             connection = await session.connection(bind_arguments={"mapper": BaseLog})
             is_stored = (await connection.exec_driver_sql(statement, tuple(values))).first() is not None

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import backend.cc.writer
+from backend.cc.connection import CLOSE_SECONDS
 from backend.cc.errors import DatabaseError, DatabaseUnavailableError
-from backend.cc.writer import BARRIER, BATCH_CHARACTERS, CLOSE_SECONDS, Writer
+from backend.cc.writer import BARRIER, BATCH_CHARACTERS, Writer
 
 EXAMPLES = int(os.environ.get("CC_TEST_EXAMPLES", "2000"))
 SECONDS = 4.0
