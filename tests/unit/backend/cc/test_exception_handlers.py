@@ -121,17 +121,6 @@ async def test_a_503_names_the_request_and_the_record_if_there_is_one_and_is_one
         assert line.getMessage().startswith(f"POST {path}: {unavailable}")
 
 
-@pytest.mark.parametrize("path", ["/log", "/log-joined", "/query/locked"])
-async def test_an_unreachable_database_is_a_503_that_says_nothing_of_it(
-    unreachable: Service, path: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with client_of(unreachable) as client:
-        response = await client.post(path)
-    assert response.status_code == 503
-    assert "nothing answers where DATABASE_URL points" in caplog.messages[-1]
-    assert "secret" not in response.text + caplog.text
-
-
 async def test_a_full_pool_a_slow_query_and_a_connection_that_dies_are_a_503_for_an_endpoints_own_query(
     database_url: str, db: asyncpg.Connection
 ) -> None:
