@@ -43,6 +43,7 @@ ANTIDOTE = """
 BACKENDS = """SELECT array_agg(pid) FROM pg_stat_activity
     WHERE datname = current_database() AND query LIKE '%INTO mem0_cc.event_log%' AND pid <> pg_backend_pid()"""
 COUNT = "SELECT count(*) FROM mem0_cc.event_log"
+OTHERS = "datname = current_database() AND pid <> pg_backend_pid()"
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
 
@@ -242,3 +243,39 @@ async def test_what_is_queued_is_written_before_the_writer_is_closed(
         ids = {task.result() for task in tasks}
         assert await stored(db, ids) == ids
         await fetches(db, BACKENDS, lambda pids: pids is None)
+
+
+# All connections at once
+
+
+async def test_no_record_fails_when_every_connection_ends_at_once_under_load(
+    database: Database, db: asyncpg.Connection
+) -> None:
+    ids: list[UUID] = []
+
+    async def caller() -> None:
+        for _ in range(100):
+            ids.append(await log_l1(database.session(), EVENT))  # noqa: PERF401 - others look at it meanwhile
+
+    callers = asyncio.gather(*(caller() for _ in range(128)))
+    for _ in range(4):
+        before = len(ids)
+        async with asyncio.timeout(15):
+            while len(ids) < before + 1_000:  # noqa: ASYNC110 - many are under way
+                await asyncio.sleep(0.01)
+        await db.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS}")
+    await callers
+    assert await stored(db, ids) == set(ids)
+
+
+async def test_a_server_that_allows_fewer_connections_than_the_writer_may_open_costs_no_record(
+    database_url: str, db: asyncpg.Connection
+) -> None:
+    await db.execute("CREATE ROLE narrow LOGIN CONNECTION LIMIT 2; GRANT USAGE ON SCHEMA mem0_cc TO narrow")
+    await db.execute("GRANT INSERT ON ALL TABLES IN SCHEMA mem0_cc TO narrow")
+    try:
+        async with new(database_url.replace("postgres@", "narrow@", 1)) as database:
+            ids = await asyncio.gather(*calls(database, [EVENT] * 500))
+            assert await stored(db, ids) == set(ids)
+    finally:
+        await db.execute("DROP OWNED BY narrow; DROP ROLE narrow")

@@ -1,5 +1,6 @@
 """When a record is committed, and what a rollback undoes: one row for each kind of session."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncTransaction, create_async_
 from backend.cc.config import Settings
 from backend.cc.database import Database
 from backend.cc.deps import get_log_l1
+from backend.cc.errors import DatabaseError
 from backend.cc.records import EventRecord
 from backend.cc.services.logging import log_l1
 
@@ -84,3 +86,21 @@ async def test_a_record_joins_a_savepoint(session: AsyncSession, db: asyncpg.Con
         await log_l1(session, EVENT)
         await savepoint.rollback()
     assert [row["id"] for row in await db.fetch("SELECT id FROM mem0_cc.base_log")] == [kept]
+
+
+async def test_two_calls_at_once_through_one_session_take_turns(database_url: str, db: asyncpg.Connection) -> None:
+    """As an endpoint may call `LogL1`, and then must be able to in a test with a session of its own."""
+    async with opened(database_url, "another engine's") as (session, _):
+        write = await get_log_l1(session)
+        ids = await asyncio.gather(*(write(EVENT) for _ in range(5)))
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log WHERE base_log_id = ANY($1)", ids) == 5
+
+
+async def test_logl1_in_a_thread_with_a_loop_of_its_own_is_refused_and_writes_nothing(
+    session: AsyncSession, db: asyncpg.Connection
+) -> None:
+    write = await get_log_l1(session)
+    await write(EVENT)
+    with pytest.raises(DatabaseError, match="^another event loop uses this Database"):
+        await asyncio.to_thread(lambda: asyncio.run(write(EVENT)))
+    assert await db.fetchval("SELECT count(*) FROM mem0_cc.event_log") == 1
