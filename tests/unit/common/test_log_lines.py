@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import httpx
+import pytest
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from common.log_lines import RequestIDFilter, configure_logging, printable
@@ -126,15 +127,12 @@ def test_the_ids_are_filled_in_where_they_are_missing_and_never_overwritten() ->
     assert ids_of(logging.makeLogRecord({"exc_info": (ValueError, error, None)})) == ("mine", None)
 
 
-def test_uvicorns_line_about_a_websocket_has_no_query_string() -> None:
-    lines = """
-        configure_logging()
-        uvicorn = logging.getLogger("uvicorn.error")
-        uvicorn.warning('%s - "WebSocket %s" [accepted]', ("127.0.0.1", 1), "/chat?token=secret")
-        uvicorn.warning("ASGI 'lifespan' protocol?")
-    """
-    accepted = """WARNING:  ('127.0.0.1', 1) - "WebSocket /chat" [accepted]"""
-    assert printed_by(lines) == f"{accepted}\nWARNING:  ASGI 'lifespan' protocol?\n"
+def test_uvicorns_line_about_a_websocket_has_no_query_string(caplog: pytest.LogCaptureFixture) -> None:
+    configure_logging()
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.warning('%s - "WebSocket %s" [accepted]', ("127.0.0.1", 1), "/chat?token=secret")
+    uvicorn.warning("ASGI 'lifespan' protocol?")
+    assert caplog.messages == ["""('127.0.0.1', 1) - "WebSocket /chat" [accepted]""", "ASGI 'lifespan' protocol?"]
 
 
 def test_the_service_prints_one_line_with_the_id_for_a_request_that_it_could_not_serve(tmp_path: Path) -> None:
