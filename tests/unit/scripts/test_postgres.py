@@ -134,12 +134,6 @@ def test_a_second_user_is_told_what_to_do_and_the_first_keeps_its_server(cluster
     assert cluster.answers()
 
 
-def test_a_start_waits_for_the_last_users_shutdown(home: Path) -> None:
-    for _ in range(3):
-        output, errors = start_user(home, "echo", "done").communicate()  # does not wait for the end of PostgreSQL
-        assert (output, errors) == ("done\n", "")
-
-
 def test_a_command_uses_the_server_that_runs_and_finds_psql(cluster: Server, tmp_path: Path) -> None:
     (tmp_path / "sh").symlink_to("/bin/sh")
     user = start_user(cluster.home, "sh", "-c", 'psql "$DATABASE_URL" -Atc "SELECT n FROM kept"', PATH=str(tmp_path))

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from devtools import ROOT, serve
 from devtools.ports import HOST, free_port
@@ -17,11 +16,11 @@ from devtools.waiting import until
 
 
 @contextlib.contextmanager
-def serving(log_path: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def serving(log_path: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run it in a process group of its own, so that a signal can be sent as a terminal sends it, to the whole group."""
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "devtools.serve", *arguments],
+            [sys.executable, "-m", "devtools.serve"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "PYTHONUNBUFFERED": "", **environment},
             stdout=log,
@@ -33,20 +32,6 @@ def serving(log_path: Path, *arguments: str, **environment: str) -> Iterator[sub
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.mark.parametrize(
-    ("argument", "code", "printed"),
-    [("--help", 0, "LOGFIRE_CONSOLE=false"), ("--version", 0, "Running uvicorn"), ("--wokers", 2, "No such option")],
-)
-def test_help_and_a_wrong_option_are_answered_before_a_database_is_started(
-    tmp_path: Path, argument: str, code: int, printed: str
-) -> None:
-    environment = {"DATABASE_URL": "", "CC_POSTGRES_HOME": str(tmp_path / "home")}
-    with serving(tmp_path / "log", argument, **environment) as process:
-        assert process.wait(15) == code
-    assert printed in (tmp_path / "log").read_text()
-    assert not (tmp_path / "home").exists()
 
 
 def test_a_newcomer_sees_the_spans_of_the_first_request_and_the_way_to_more(database_url: str, tmp_path: Path) -> None:
