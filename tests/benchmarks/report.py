@@ -96,7 +96,7 @@ def picture(records: dict[str, Any]) -> str:
     top = max(mid(found[variant], "rate") for found in records.values() for variant in found)
     x = 20
     for callers, found in records.items():
-        parts.append(f'<text x="{x}" y="222">{callers} callers</text>')
+        parts.append(f'<text x="{x}" y="222">{callers} caller{"s" * (callers != "1")}</text>')
         for variant in [name for name in COLOURS if name in found]:
             height = round(150 * (rate := mid(found[variant], "rate")) / top)
             parts.append(f'<rect x="{x}" y="{204 - height}" width="48" height="{height}" fill="{COLOURS[variant]}"/>')
