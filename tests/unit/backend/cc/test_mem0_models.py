@@ -25,22 +25,15 @@ COLUMNS = {
     "event_log": {"base_log_id": "uuid", "event_type": "character varying(255)", "payload": "jsonb"},
 }
 
+FOREIGN_KEY = "FOREIGN KEY (base_log_id) REFERENCES mem0_cc.base_log(id) ON DELETE CASCADE"
 CONSTRAINTS = {
     ("base_log", "pk_base_log", "PRIMARY KEY (id)"),
     ("prompt_trace", "pk_prompt_trace", "PRIMARY KEY (base_log_id)"),
-    (
-        "prompt_trace",
-        "fk_prompt_trace_base_log_id",
-        "FOREIGN KEY (base_log_id) REFERENCES mem0_cc.base_log(id) ON DELETE CASCADE",
-    ),
+    ("prompt_trace", "fk_prompt_trace_base_log_id", FOREIGN_KEY),
     ("prompt_trace", "ck_prompt_trace_tokens_in_not_negative", "CHECK ((tokens_in >= 0))"),
     ("prompt_trace", "ck_prompt_trace_tokens_out_not_negative", "CHECK ((tokens_out >= 0))"),
     ("event_log", "pk_event_log", "PRIMARY KEY (base_log_id)"),
-    (
-        "event_log",
-        "fk_event_log_base_log_id",
-        "FOREIGN KEY (base_log_id) REFERENCES mem0_cc.base_log(id) ON DELETE CASCADE",
-    ),
+    ("event_log", "fk_event_log_base_log_id", FOREIGN_KEY),
 }
 
 CATALOGUE_COLUMNS = """
@@ -73,11 +66,8 @@ async def test_the_migrated_constraints_are_exactly_these_and_named_as_in_the_mo
 
 async def test_records_are_found_by_request_by_trace_and_by_time(db: asyncpg.Connection) -> None:
     rows = await db.fetch("SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'ix_base_log_%'")
-    assert {row["indexdef"].partition(" USING ")[2] for row in rows} == {
-        "btree (request_id)",
-        "btree (trace_id)",
-        'btree ("timestamp")',
-    }
+    found = {row["indexdef"].partition(" USING ")[2] for row in rows}
+    assert found == {"btree (request_id)", "btree (trace_id)", 'btree ("timestamp")'}
 
 
 async def test_what_the_models_write_they_read(session: AsyncSession) -> None:
