@@ -18,8 +18,8 @@ def _try_mutants(names: list[str]) -> dict[str, int]:
         # Where mutants are named, mutmut first runs their tests by id, and fails if pytest does not find one. Otherwise
         # it would take that for a mutant's death. pytest escapes an id made by `ids=repr` anew in each collection.
         command = ("mutmut", "run", "--max-children", "2", *(names or ["*"]))
-        # A tenth of the writer's simulation: it runs for each of the writer's mutants.
-        environment = {"CC_TEST_DATABASE_URL": url, "CC_TEST_EXAMPLES": "200"}
+        # Half of the writer's simulation: it runs for each of the writer's mutants.
+        environment = {"CC_TEST_DATABASE_URL": url, "CC_TEST_EXAMPLES": "1000"}
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment)
     found = [json.loads(path.read_text())["exit_code_by_key"] for path in (ROOT / "mutants").rglob("*.meta")]
     return {name: code for codes in found for name, code in codes.items() if code is not None}

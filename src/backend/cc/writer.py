@@ -19,7 +19,7 @@ QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at 
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
 CONNECT_PAUSE: Final = 0.1  # seconds until another connection is tried while some work
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
-# waits for nobody, though the row may be on the primary alone.
+# doesn't wait, though the row may be on the primary alone.
 BARRIER: Final = "SELECT pg_logical_emit_message(true, 'cos-cc', '')"
 
 Connect = Callable[[float], Awaitable[Connection]]
