@@ -245,9 +245,6 @@ async def test_what_is_queued_is_written_before_the_writer_is_closed(
         await fetches(db, BACKENDS, lambda pids: pids is None)
 
 
-# All connections at once
-
-
 async def test_no_record_fails_when_every_connection_ends_at_once_under_load(
     database: Database, db: asyncpg.Connection
 ) -> None:

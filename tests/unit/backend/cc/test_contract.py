@@ -89,7 +89,6 @@ async def test_a_record_joins_a_savepoint(session: AsyncSession, db: asyncpg.Con
 
 
 async def test_two_calls_at_once_through_one_session_take_turns(database_url: str, db: asyncpg.Connection) -> None:
-    """As an endpoint may call `LogL1`, and then must be able to in a test with a session of its own."""
     async with opened(database_url, "another engine's") as (session, _):
         write = await get_log_l1(session)
         ids = await asyncio.gather(*(write(EVENT) for _ in range(5)))

@@ -110,7 +110,7 @@ class Server:
     calls: dict[int, Call] = field(default_factory=dict)  # by id
     stored: set[int] = field(default_factory=set)
     confirmed: set[int] = field(default_factory=set)  # on the standby, too, and the client was told so
-    hits: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # the numbers of faults, by id
+    hits: defaultdict[int, set[float]] = field(default_factory=lambda: defaultdict(set))  # the numbers of faults, by id
     refusals: set[float] = field(default_factory=set)  # when a connection was refused
     hangs: int = 0
     hanging_connects: int = 0
@@ -212,7 +212,8 @@ class Connection:
         if not fault:
             return commit()
         # A connection that is good has brought an answer, so the writer doesn't ask again.
-        self._hit(number, is_final=is_alone and fault == "XX000")
+        is_clear = fault in ("is refused", "25006")  # nothing is stored then: its number is a half one
+        self._hit(number + is_clear / 2, is_final=is_alone and fault == "XX000")
         if fault in ("dies after", "XX000") and not bad:
             commit()
         self.has_failed = fault not in ("XX000", "is refused")
@@ -221,7 +222,7 @@ class Connection:
         self.is_ended = fault not in ("XX000", "is refused", "25006")
         raise ERRORS.get(fault, asyncpg.ConnectionDoesNotExistError)(fault)
 
-    def _hit(self, number: int, *, is_final: bool) -> None:
+    def _hit(self, number: float, *, is_final: bool) -> None:
         for each in self.ids:
             self.server.hits[each] |= {number, -number} if is_final else {number}
 
@@ -351,7 +352,8 @@ class Simulation:
 
     def _seems_stored(self, caller: Caller) -> bool:
         """Whether a record is suppressed, but at a second try, which can't tell it from one that was there already."""
-        return caller.call.bad == "is suppressed" and bool(caller.call.known or self.server.hits[caller.id])
+        hits = self.server.hits[caller.id]
+        return caller.call.bad == "is suppressed" and (caller.call.known or any(hit % 1 == 0 for hit in hits))
 
     def _is_excused(self, caller: Caller) -> bool:
         """Whether more has gone wrong than a record must survive."""
@@ -402,6 +404,8 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @example(2, 2, [], [("hangs", 0, 5)], [(None, Call(callers=2)), (1.0, Call(callers=2))])
 # A connection takes longer to open than the first record of the batch can wait, but not the second.
 @example(1, 2, [("hangs", 0), ("", 1 / 16)], [], [(None, Call()), (1 / 64, Call()), (1.0, Call())])
+# One that is refused and one that is suppressed share a batch, and then each is alone.
+@example(1, 4, [], [], [(None, Call(bad="is refused")), (None, Call(bad="is suppressed"))])
 @given(st.integers(1, 3), st.sampled_from((1, 2, 4, 16)), connects, faults, steps)
 def test_whatever_happens_each_caller_has_one_outcome_and_it_is_true(
     size: int,
