@@ -10,14 +10,14 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncpg import Connection, PostgresError
+from asyncpg import Connection, PostgresError, TooManyConnectionsError
 
 from backend.cc.connection import Connections
 from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, DatabaseUnavailableError, database_error
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
-CONNECT_PAUSE: Final = 0.1  # seconds until another connection is tried while some work
+CONNECT_PAUSE: Final = 0.1  # seconds until a task tries again to connect, if the server allows no more connections
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
 # doesn't wait, though the row may be on the primary alone.
 BARRIER: Final = "SELECT pg_logical_emit_message(true, 'cos-cc', '')"
@@ -133,8 +133,8 @@ class Writer:
                 await self._insert(connection, batch)
                 self._connections.put(connection)
             except (Exception, asyncio.CancelledError) as error:  # whatever it is, the callers must be told
-                if connection is None and self._connections.trusted and isinstance(error, PostgresError):
-                    self._put_back(batch)  # the server allows no more connections: those that work take it
+                if connection is None and isinstance(error, TooManyConnectionsError) and len(self._tasks) > 1:
+                    self._put_back(batch)  # the tasks that have a connection take it
                     await asyncio.sleep(min(CONNECT_PAUSE, self._seconds_left(batch)))
                     continue
                 self._failed(batch, connection, error)
