@@ -57,7 +57,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         return self._sessions(**options)
 
     async def aclose(self) -> None:
-        """Write what waits and close every connection, in `seconds` and 6 at most: a frozen server never answers."""
+        """Write what waits and close every connection, in `seconds` and 7 at most: a frozen server never answers."""
         if self._loop in (None, asyncio.get_running_loop()):  # another loop's connections can't be closed in this one
             if self._loop:
                 await self._writer.aclose()
