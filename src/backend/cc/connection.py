@@ -11,6 +11,7 @@ from backend.cc.config import Settings
 from backend.cc.errors import ConnectError
 
 CLOSE_SECONDS: Final = 3.0  # how long a connection may take to close
+Connect = Callable[[float], Awaitable[asyncpg.Connection]]  # returns a new connection within so many seconds
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
@@ -43,7 +44,7 @@ async def connect(settings: Settings, seconds: float, *, command_timeout: float 
 class Connections:
     """Connections that stay open, in one event loop. The one used last is used first, so that the others stay idle."""
 
-    def __init__(self, connect: Callable[[float], Awaitable[asyncpg.Connection]]) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect = connect
         self._idle: list[asyncpg.Connection] = []
         self._closing: set[asyncio.Task[None]] = set()

@@ -5,14 +5,14 @@ import bisect
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncpg import Connection, PostgresError, TooManyConnectionsError
 
-from backend.cc.connection import Connections
+from backend.cc.connection import Connect, Connections
 from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, DatabaseUnavailableError, database_error
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
@@ -22,7 +22,6 @@ CONNECT_PAUSE: Final = 0.1  # seconds until a task tries again to connect, if th
 # doesn't wait, though the row may be on the primary alone.
 BARRIER: Final = "SELECT pg_logical_emit_message(true, 'cos-cc', '')"
 
-Connect = Callable[[float], Awaitable[Connection]]
 logger = logging.getLogger(__name__)
 
 
