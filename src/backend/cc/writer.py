@@ -17,6 +17,7 @@ from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, 
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
+GATHER_SECONDS: Final = 0.002  # how long what arrives is left to a batch that is on its way
 CONNECT_PAUSE: Final = 0.1  # seconds until a task tries again to connect, if the server allows no more connections
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
 # doesn't wait, though the row may be on the primary alone.
@@ -67,6 +68,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, deque[_Record]] = {}  # by statement, and each in the order of its deadlines
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recent: set[_Record] = set()  # the first record of each batch that was sent less than GATHER_SECONDS ago
         self._starting = False  # whether a task is about to run
 
     async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
@@ -107,12 +109,22 @@ class Writer:
         await self._connections.aclose()
 
     def _wake(self) -> None:
-        """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
-        if not self._starting and len(self._tasks) < self._size and any(self._queues.values()):
-            self._starting = True
-            task = self._loop.create_task(self._work(), context=Context())  # not in the first caller's trace
-            task.add_done_callback(self._ended)
-            self._tasks.add(task)
+        """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches.
+
+        So does what waits for a batch that was sent just now, because its task then takes all of it at once.
+        """
+        for queue in self._queues.values():
+            if queue and (not self._recent or len(queue) >= self._batch or queue[0].alone):
+                if not self._starting and len(self._tasks) < self._size:
+                    self._starting = True
+                    task = self._loop.create_task(self._work(), context=Context())  # not in the first caller's trace
+                    task.add_done_callback(self._ended)
+                    self._tasks.add(task)
+                return
+
+    def _gather_no_more(self, first: _Record) -> None:
+        self._recent.discard(first)
+        self._wake()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -125,7 +137,9 @@ class Writer:
         """Write batches until nothing waits."""
         self._starting = False
         while batch := self._take():
-            self._wake()  # what is left goes with another connection
+            self._recent.add(batch[0])
+            self._loop.call_later(GATHER_SECONDS, self._gather_no_more, batch[0])
+            self._wake()  # what is left may need another connection
             connection = None
             try:
                 connection = await self._connections.get(self._seconds_left(batch))
@@ -139,6 +153,8 @@ class Writer:
                 self._failed(batch, connection, error)
                 if isinstance(error, asyncio.CancelledError):
                     raise
+            finally:
+                self._recent.discard(batch[0])
 
     def _take(self) -> list[_Record]:
         """Return the records that have waited longest and may share a round trip; [] if none wait."""

@@ -9,7 +9,7 @@ import selectors
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, product, starmap
+from itertools import chain, product, repeat, starmap
 from typing import Any, TypeVar
 
 import asyncpg
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import backend.cc.writer
 from backend.cc.connection import CLOSE_SECONDS
 from backend.cc.errors import DatabaseError, DatabaseUnavailableError
-from backend.cc.writer import BARRIER, BATCH_CHARACTERS, Writer
+from backend.cc.writer import BARRIER, BATCH_CHARACTERS, GATHER_SECONDS, Writer
 
 EXAMPLES = int(os.environ.get("CC_TEST_EXAMPLES", "2000"))
 SECONDS = 4.0
@@ -428,3 +428,22 @@ def test_whatever_happens_each_caller_has_one_outcome_and_it_is_true(
     assert not server.broken, server.broken
     found, unhandled[:] = list(unhandled), []
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("call", "batch", "latency", "connections"),
+    [(Call(), 16, 1 / 2, 1), (Call(), 16, 2, 2), (Call(), 2, 1 / 2, 2), (Call(known=True), 16, 1 / 2, 4)],
+    ids=["its connection takes all", "it takes too long", "another batch is full", "each travels alone"],
+)
+def test_what_arrives_soon_after_a_batch_waits_for_its_connection(
+    call: Call, batch: int, latency: float, connections: int
+) -> None:
+    server = Server(9, batch, iter(()), repeat(("", latency * GATHER_SECONDS)))
+
+    async def run() -> None:
+        await Simulation(server).run([(pause, call) for pause in (0, *[GATHER_SECONDS / 8] * 3)])
+
+    with contextlib.closing(Loop()) as loop:
+        loop.run_until_complete(run())
+    assert len(server.connections) == connections
+    assert not server.broken
