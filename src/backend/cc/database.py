@@ -31,24 +31,15 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         )
         event.listen(self.engine.sync_engine, "checkout", _check)
         event.listen(self.engine.sync_engine, "handle_error", _handle_error)
-        # A closed session takes no more queries. After the end of a request, in a background task, one would begin a
-        # transaction that nothing commits, and records would join it.
-        self._sessions = async_sessionmaker(
-            self.engine, expire_on_commit=False, close_resets_only=False, info={"database": self}
-        )
+        self._sessions = async_sessionmaker(self.engine, expire_on_commit=False, info={"database": self})
         size, batch = settings.cc_db_pool_size, settings.cc_db_batch_size
         self._new_writer = partial(Writer, partial(connect, settings), size=size, batch=batch, seconds=self.seconds)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @property
-    def writer(self) -> Writer:
-        """The writer of the running event loop."""
-        self._enter()
-        return self._writer
-
     async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
         """Write a record, in whichever event loop runs by then; see `Writer.write`."""
-        return await self.writer.write(statement, values, known=known)
+        self._enter()
+        return await self._writer.write(statement, values, known=known)
 
     def session(self, **options: Any) -> AsyncSession:
         """Return a new session, with SQLAlchemy's options. It opens a connection when it is first used for a query."""

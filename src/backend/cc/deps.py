@@ -25,13 +25,13 @@ async def get_db_session(connection: HTTPConnection) -> AsyncIterator[AsyncSessi
         if session.in_transaction():
             await session.commit()
     finally:
+        # A query after the end of the request would begin a transaction that nothing commits, and that records join.
+        session.sync_session.autobegin = False
         if session.in_transaction():
             # Shielded, because a second cancellation would interrupt the rollback and cost the connection. Errors are
             # suppressed, because a dead connection has nothing to roll back. The response stays as it is.
             with contextlib.suppress(SQLAlchemyError):
                 await asyncio.shield(session.close())
-        else:
-            session.sync_session.close()  # without a transaction nothing has to be awaited
 
 
 # scope="function": by default a dependency ends after the response, so the client would get a 200 before the commit.
