@@ -36,11 +36,11 @@ from support.database import alembic_process, execute
 from support.wire import counted
 
 Round = dict[str, float]
+Results = dict[str, dict[str, list[Round]]]  # by the number of callers, and by variant
 Run = Callable[[int, float], Round]  # a round of so many callers and seconds
 
 OURS: Final = "backend.cc.cc_main:app"
-BOTH: Final = ("pool", "log_l1")
-PLAN: Final = {1: ("held", *BOTH, "copy"), 8: BOTH, 64: BOTH, 256: (*BOTH, "copy")}
+PLAN: Final = dict.fromkeys((1, 8, 64, 256), ("pool", "log_l1", "copy"))
 SIZE: Final = """
     SELECT sum(pg_total_relation_size(oid)) / (SELECT count(*) FROM mem0_cc.base_log)
     FROM pg_class WHERE relnamespace = 'mem0_cc'::regnamespace AND relkind = 'r'"""
@@ -80,15 +80,16 @@ class Postgres:
         """Remove all records, so that no round meets the vacuum or the checkpoint that an earlier one has earned."""
         asyncio.run(execute(self.url, "TRUNCATE mem0_cc.base_log CASCADE", "CHECKPOINT"))
 
-    def in_turns(self, name: str, rounds: int, variants: Mapping[str, Callable[[], Round]]) -> dict[str, list[Round]]:
+    def in_turns(self, into: Results, callers: int, rounds: int, variants: Mapping[str, Callable[[], Round]]) -> None:
         """Run a round of each variant, then the next one, in reverse order. The first round only warms up."""
-        results: dict[str, list[Round]] = {variant: [] for variant in variants}
+        found = into.setdefault(str(callers), {variant: [] for variant in variants})
         for number in range(rounds + 1):
-            print(f"{time.strftime('%H:%M:%S')}  {name}: round {number} of {rounds}", file=sys.stderr)
+            print(f"{time.strftime('%H:%M:%S')}  {callers} callers: round {number} of {rounds}", file=sys.stderr)
             for variant in list(variants)[:: -1 if number % 2 else 1]:
                 self.empty()
-                results[variant].append(variants[variant]())
-        return {variant: found[1:] for variant, found in results.items()}
+                result = variants[variant]()
+                if number:
+                    found[variant].append(result)
 
 
 @contextmanager
@@ -157,8 +158,8 @@ def exporting(endpoint: str) -> dict[str, dict[str, str]]:
 
 
 def measure_records(
-    postgres: Postgres, rounds: int, seconds: float, plan: Mapping[int, Sequence[str]] = PLAN
-) -> dict[str, dict[str, list[Round]]]:
+    results: Results, postgres: Postgres, rounds: int, seconds: float, plan: Mapping[int, Sequence[str]] = PLAN
+) -> None:
     """Records of one process, by the number of its concurrent callers; a number after `log_l1` is a batch's size."""
     with ExitStack() as stack:
         run = {
@@ -166,24 +167,22 @@ def measure_records(
             for variant in dict.fromkeys(chain(*plan.values()))
             for name, _, size in [variant.partition(" ")]
         }
-        results = {}
         for callers, variants in plan.items():
             # COPY has a caller for each of its connections: one, and as many as the others.
             busy = {each: min(callers, 10) if each == "copy" else callers for each in variants}
             turns = {each: partial(run[each], busy[each], seconds) for each in variants}
-            results[str(callers)] = postgres.in_turns(f"records, {callers} callers", rounds, turns)
-        return results
+            postgres.in_turns(results, callers, rounds, turns)
 
 
-def measure_lone(postgres: Postgres, _: int, seconds: float) -> dict[str, float]:
+def measure_lone(results: dict[str, float], postgres: Postgres, _: int, seconds: float) -> None:
     """How often a lone `log_l1` waits for the server, counted on the wire, and how much disk its record takes."""
     with counted(postgres.url) as wire, caller(postgres, "log_l1", DATABASE_URL=wire.url) as run:
         before = wire.round_trips
         count = run(1, seconds)["count"]
-        return {"round_trips": (wire.round_trips - before) / count, "bytes": float(postgres.fetch(SIZE))}
+        results |= {"round_trips": (wire.round_trips - before) / count, "bytes": float(postgres.fetch(SIZE))}
 
 
-def measure_requests(postgres: Postgres, rounds: int, seconds: float) -> dict[str, dict[str, list[Round]]]:
+def measure_requests(results: Results, postgres: Postgres, rounds: int, seconds: float) -> None:
     """POST /test-log as fast as one worker answers, by the number of connections."""
     with ExitStack() as stack:
         ways = exporting(stack.enter_context(child("devtools.otlp"))[0])
@@ -195,45 +194,41 @@ def measure_requests(postgres: Postgres, rounds: int, seconds: float) -> dict[st
             "instrumented": ("benchmarks.floor:app", ways["otlp"]),
         }
         run = {name: stack.enter_context(service(postgres, app, **env))[1] for name, (app, env) in applications.items()}
-        results = {}
         for connections in (8, 64):
             turns = {name: partial(each, connections, seconds) for name, each in run.items()}
-            results[str(connections)] = postgres.in_turns(f"requests, {connections} connections", rounds, turns)
-        return results
+            postgres.in_turns(results, connections, rounds, turns)
 
 
-def measure_traces(postgres: Postgres, stops: int, seconds: float) -> dict[str, dict[str, int]]:
+def measure_traces(results: dict[str, dict[str, int]], postgres: Postgres, _: int, seconds: float) -> None:
     """Stop the service with SIGTERM under full load; of the traces that the rows name, count those that are whole."""
-    results = {way: {"stored": 0, "whole": 0} for way in exporting("")}
-    for way, count in results.items():
-        for _ in range(stops):
-            postgres.empty()
-            with otlp_receiver() as otlp:
-                with service(postgres, **exporting(otlp.endpoint)[way]) as (running, run):
-                    threading.Timer(seconds, running.process.terminate).start()
-                    run(8, seconds + 10)
-                    running.process.wait(30)
-                spans = by_trace(otlp.spans)
-            traces = postgres.fetch("SELECT array_agg(DISTINCT trace_id) FROM mem0_cc.base_log")
-            count["stored"] += len(traces)
-            count["whole"] += sum(is_whole(spans[trace]) for trace in traces)
-    return results
+    for way in exporting(""):
+        count = results.setdefault(way, {"stored": 0, "whole": 0})
+        postgres.empty()
+        with otlp_receiver() as otlp:
+            with service(postgres, **exporting(otlp.endpoint)[way]) as (running, run):
+                threading.Timer(seconds, running.process.terminate).start()
+                run(8, seconds + 10)
+                running.process.wait(30)
+            spans = by_trace(otlp.spans)
+        traces = postgres.fetch("SELECT array_agg(DISTINCT trace_id) FROM mem0_cc.base_log")
+        count["stored"] += len(traces)
+        count["whole"] += sum(is_whole(spans[trace]) for trace in traces)
 
 
-# What is measured, in how many rounds, each of how many seconds.
-MEASUREMENTS: Final[dict[str, tuple[Callable[[Postgres, int, float], Any], int, float]]] = {
-    "records": (measure_records, 10, 1.5),
-    "lone": (measure_lone, 1, 1),
-    "requests": (measure_requests, 10, 2),
-    "traces": (measure_traces, 2, 3),
-    "batch": (partial(measure_records, plan={256: ("log_l1", "log_l1 64", "log_l1 256")}), 10, 1.5),
+# What is measured, and how: in so many new processes, since one can be a tenth faster than another that does the same;
+# in each of them so many rounds of so many seconds.
+MEASUREMENTS: Final[dict[str, tuple[Callable[[Any, Postgres, int, float], None], int, int, float]]] = {
+    "records": (measure_records, 4, 3, 1.2),
+    "lone": (measure_lone, 1, 1, 1),
+    "requests": (measure_requests, 5, 2, 1.5),
+    "traces": (measure_traces, 2, 1, 3),
+    "batch": (partial(measure_records, plan={256: ("log_l1", "log_l1 64", "log_l1 256")}), 4, 3, 1.2),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="measure this, and write no page")
-    parser.add_argument("--batch", action="append_const", dest="only", const="batch", help="the same as --only batch")
     parser.add_argument("--smoke", action="store_true", help="a short round of each, to see that it works; no page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there")
     arguments = parser.parse_args()
@@ -242,18 +237,16 @@ def main() -> None:
         if name.startswith(("LOGFIRE_", "OTEL_", "CC_", "PG")):
             del os.environ[name]
     names = ("asyncpg", "fastapi", "logfire", "sqlalchemy", "uvloop")
-    start = time.monotonic()
     with temporary_home() as home, server(home) as url:
         postgres = Postgres(home, url)
         results: dict[str, Any] = {}
         for name in arguments.only or list(MEASUREMENTS)[:-1]:
-            measure, rounds, seconds = MEASUREMENTS[name]
-            results[name] = (
-                measure(postgres, 1, seconds / 10) if arguments.smoke else measure(postgres, rounds, seconds)
-            )
+            measure, processes, rounds, seconds = MEASUREMENTS[name]
+            results[name] = {}
+            for _ in range(1 if arguments.smoke else processes):
+                measure(results[name], postgres, *((1, seconds / 10) if arguments.smoke else (rounds, seconds)))
         results["machine"] = {
             "date": datetime.now(UTC).date().isoformat(),
-            "minutes": round((time.monotonic() - start) / 60),
             "cpu": Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0],
             "cores": psutil.cpu_count(),
             "python": platform.python_version(),

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from functools import partial
+from itertools import cycle
 from statistics import quantiles
 from typing import Any, Final
 from uuid import uuid4
@@ -20,7 +20,7 @@ from uuid import uuid4
 import asyncpg
 import uvloop
 from opentelemetry import trace
-from opentelemetry.context import attach
+from opentelemetry.context import Context, attach
 from uuid_utils.compat import uuid7
 
 from backend.cc.config import Settings
@@ -39,17 +39,26 @@ PAYLOAD: Final = {"message": "hello", "model": "small", "cached": False}
 BODY: Final = b'{"role":"user","content":"What is the capital of France?","tokens_in":12,"message":"hello"}'
 
 
+def _request() -> tuple[str, str, Context]:
+    """Return the ids of a request, and its trace context."""
+    trace_id = uuid4()
+    span = trace.NonRecordingSpan(trace.SpanContext(trace_id.int, 1, is_remote=False))
+    return str(uuid4()), trace_id.hex, trace.set_span_in_context(span)
+
+
+REQUESTS: Final = cycle([_request() for _ in range(10_000)])  # made beforehand: an endpoint has them, too
+
+
 def _base() -> tuple[Any, ...]:
-    """Return a row of a request of its own, as each call of `log_l1` below."""
-    return uuid7(), datetime.now(UTC), "cc", str(uuid4()), uuid4().hex
+    return uuid7(), datetime.now(UTC), "cc", *next(REQUESTS)[:2]
 
 
-async def bare(way: Callable[[str], Awaitable[asyncpg.Connection | asyncpg.Pool]]) -> Call:
-    """The same statement on a connection that's held, or on asyncpg's own pool with its defaults."""
-    executor = await way(URL)
+async def pool() -> Call:
+    """The same statement on asyncpg's own pool, with its defaults."""
+    connections = await asyncpg.create_pool(URL)
 
     async def call() -> int:
-        await executor.execute(INSERT_EVENT, *_base(), "test_log", json.dumps(PAYLOAD))
+        await connections.execute(INSERT_EVENT, *_base(), "test_log", json.dumps(PAYLOAD))
         return 1
 
     return call
@@ -61,9 +70,9 @@ async def ours() -> Call:
     session = Database(Settings()).session()
 
     async def call() -> int:
-        request_id_var.set(str(uuid4()))
-        context = trace.SpanContext(uuid4().int, 1, is_remote=False)
-        attach(trace.set_span_in_context(trace.NonRecordingSpan(context)))
+        request_id, _, context = next(REQUESTS)
+        request_id_var.set(request_id)
+        attach(context)
         await log_l1(session, EventRecord("test_log", PAYLOAD))
         return 1
 
@@ -127,8 +136,7 @@ async def busy(call: Call, callers: int, seconds: float) -> dict[str, float]:
 
 
 async def main(variant: str) -> None:
-    ways: dict[str, Callable[[], Awaitable[Call]]] = {"copy": copy, "log_l1": ours, "post": post}
-    ways |= {"held": partial(bare, asyncpg.connect), "pool": partial(bare, asyncpg.create_pool)}
+    ways: dict[str, Callable[[], Awaitable[Call]]] = {"copy": copy, "log_l1": ours, "pool": pool, "post": post}
     call = await ways[variant]()
     await busy(call, 1, 0.2)
     gc.collect()

@@ -51,7 +51,7 @@ def record_rows(records: dict[str, Any], key: str, style: str) -> Rows:
     """Tabulate a figure of each way of writing, by the number of callers."""
     rows: Rows = [("callers", *records)]
     for variant in dict.fromkeys(chain(*records.values())):
-        if variant != "held" and (variant, key) != ("copy", "p99"):  # a COPY's time is a whole transaction's
+        if (variant, key) != ("copy", "p99"):  # a COPY's time is a whole transaction's
             cells = [format(mid(found[variant], key), style) if variant in found else "" for found in records.values()]
             rows.append((NAMES.get(variant, variant), *cells))
     if all("pool" in found for found in records.values()):
@@ -89,8 +89,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 def picture(records: dict[str, Any]) -> str:
     """Draw records/s by the number of callers, as an SVG."""
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 230" font-family="sans-serif" font-size="12">'
-    parts = [head, '<rect width="700" height="230" fill="white"/>']
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 230" font-family="sans-serif" font-size="12">'
+    parts = [head, '<rect width="740" height="230" fill="white"/>']
     for place, (variant, colour) in enumerate(COLOURS.items()):
         parts.append(f'<text x="{20 + 120 * place}" y="21" fill="{colour}">■ {NAMES[variant].strip("`")}</text>')
     top = max(mid(found[variant], "rate") for found in records.values() for variant in found)
@@ -99,10 +99,10 @@ def picture(records: dict[str, Any]) -> str:
         parts.append(f'<text x="{x}" y="222">{callers} caller{"s" * (callers != "1")}</text>')
         for variant in [name for name in COLOURS if name in found]:
             height = round(150 * (rate := mid(found[variant], "rate")) / top)
-            parts.append(f'<rect x="{x}" y="{204 - height}" width="48" height="{height}" fill="{COLOURS[variant]}"/>')
-            parts.append(f'<text x="{x + 24}" y="{199 - height}" text-anchor="middle">{rate:,.0f}</text>')
-            x += 54
-        x += 44
+            parts.append(f'<rect x="{x}" y="{204 - height}" width="44" height="{height}" fill="{COLOURS[variant]}"/>')
+            parts.append(f'<text x="{x + 22}" y="{199 - height}" text-anchor="middle">{rate:,.0f}</text>')
+            x += 48
+        x += 36
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -110,7 +110,6 @@ def write_page(results: dict[str, Any]) -> None:
     records = results["records"]
     lone, most = records["1"], records["256"]
     values = results["machine"] | tables(results)
-    values["over_held"] = f"{ratio(lone['log_l1'], lone['held'], 'p50'):.2f}"
     values["over_copy"] = f"{ratio(most['log_l1'], most['copy'], 'rate'):.2f}"
     values |= {key: f"{mid(lone['log_l1'], key):.2f}" for key in ("p50", "p95")}
     values |= {key: f"{value:.3g}" for key, value in results["lone"].items()}
