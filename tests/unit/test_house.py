@@ -7,19 +7,8 @@ from pathlib import Path
 from devtools import ROOT
 
 ROOMS = (
-    "config",
-    "errors",
-    "jsonb",
-    "mem0_models",
-    "records",
-    "connection",
-    "writer",
-    "database",
-    "services",
-    "deps",
-    "exception_handlers",
-    "routers",
-    "cc_main",
+    *("config", "errors", "jsonb", "mem0_models", "records", "connection", "writer"),
+    *("database", "services", "deps", "exception_handlers", "routers", "cc_main"),
 )
 """The rooms of `backend.cc`: each may use those above it and `common`. A module of your own may use all of them."""
 

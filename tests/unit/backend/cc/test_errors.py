@@ -54,7 +54,7 @@ def test_the_servers_condition_is_an_outage_and_what_is_wrong_with_the_statement
         ("28P01", "the user or the password of DATABASE_URL is refused"),
         ("3D000", "there is no such database"),
         ("42501", "the role lacks a privilege, see docs/roles.sql"),
-        ("42P01", "has `alembic upgrade head` been run?"),
+        ("3F000", "has `alembic upgrade head` been run?"),
         ("55P03", "another transaction holds a lock"),
     ],
 )

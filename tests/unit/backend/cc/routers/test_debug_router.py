@@ -177,18 +177,10 @@ async def test_an_unreachable_database_is_a_503() -> None:
 
 
 @pytest.mark.parametrize(
-    ("media_type", "status"),
-    [
-        ("Application/JSON; charset=utf-8", 200),
-        (None, 422),
-        ("text/plain", 422),
-        ("application/x-www-form-urlencoded", 422),
-    ],
+    ("headers", "status"),
+    [({"content-type": "Application/JSON; charset=utf-8"}, 200), ({}, 422), ({"content-type": "text/plain"}, 422)],
 )
-async def test_a_body_is_json_only_if_it_says_so(
-    client: httpx.AsyncClient, media_type: str | None, status: int
-) -> None:
+async def test_a_body_is_json_only_if_it_says_so(client: httpx.AsyncClient, headers: Any, status: int) -> None:
     """A browser asks before it sends JSON to another origin; other media types it sends without asking."""
-    headers = {} if media_type is None else {"content-type": media_type}
     response = await client.post("/test-log", content=b"{}", headers=headers)
     assert response.status_code == status
