@@ -36,7 +36,7 @@ class Database(contextlib.AbstractAsyncContextManager["Database"]):
         self._new_writer = partial(Writer, partial(connect, settings), size=size, batch=batch, seconds=self.seconds)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
+    async def write(self, statement: str, values: Sequence[Any], *, known: bool) -> bool:
         """Write a record, in whichever event loop runs by then; see `Writer.write`."""
         self._enter()
         return await self._writer.write(statement, values, known=known)

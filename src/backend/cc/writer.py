@@ -17,7 +17,7 @@ from backend.cc.errors import STALE_CONNECTION, UNKNOWN_OUTCOME, DatabaseError, 
 
 QUEUE_MAX: Final = 10_000  # records that may wait; a call beyond that fails at once
 BATCH_CHARACTERS: Final = 131_072  # of text in a batch; a record with more travels alone
-GATHER_SECONDS: Final = 0.002  # how long what arrives is left to a batch that is on its way
+GATHER_SECONDS: Final = 0.002  # how long what arrives is left to the task whose batch is on its way
 CONNECT_PAUSE: Final = 0.1  # seconds until a task tries again to connect, if the server allows no more connections
 # Writes WAL, so its commit waits for a synchronous standby. An insert that finds its row already there writes none and
 # doesn't wait, though the row may be on the primary alone.
@@ -55,6 +55,7 @@ class Writer:
     """Write records on up to `size` connections, in the event loop that runs when it is made.
 
     A free one takes what waits at once, up to `batch` records of one statement, in one round trip and one transaction.
+    What arrives within GATHER_SECONDS after that waits for it, unless it fills a batch of its own.
 
     Args:
         connect: Returns a new asyncpg connection within so many seconds.
@@ -71,7 +72,7 @@ class Writer:
         self._recent: set[_Record] = set()  # the first record of each batch that was sent less than GATHER_SECONDS ago
         self._starting = False  # whether a task is about to run
 
-    async def write(self, statement: str, values: Sequence[Any], *, known: bool = False) -> bool:
+    async def write(self, statement: str, values: Sequence[Any], *, known: bool) -> bool:
         """Execute `statement`, and return once it is committed: True, or False if a trigger has suppressed the row.
 
         The record is queued before the first `await`. If the caller is then cancelled, it is written all the same.
@@ -109,11 +110,9 @@ class Writer:
         await self._connections.aclose()
 
     def _wake(self) -> None:
-        """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches.
-
-        So does what waits for a batch that was sent just now, because its task then takes all of it at once.
-        """
+        """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
         for queue in self._queues.values():
+            # A batch that was sent just now is back soon. Its task then takes all that waits at once.
             if queue and (not self._recent or len(queue) >= self._batch or queue[0].alone):
                 if not self._starting and len(self._tasks) < self._size:
                     self._starting = True

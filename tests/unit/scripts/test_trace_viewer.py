@@ -1,7 +1,6 @@
 """`scripts/traces`, with a viewer that is a stub: a web server that writes down what it was started with."""
 
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -82,13 +81,6 @@ def test_viewer_and_command_get_nothing_of_the_environment_that_is_the_others(en
     assert {"OTEL_METRICS_EXPORTER=none", "OTEL_LOGS_EXPORTER=none"} <= set(printed.splitlines())
     assert not secrets.keys() & set((environment / "var/environment").read_text().split())
     assert stat.S_IMODE((environment / "var").stat().st_mode) == 0o700
-
-
-def test_serve_traces_is_short_for_traces_serve(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / "scripts/traces").write_text('#!/bin/sh\necho "$@"\n')
-    command = [str(tmp_path / "scripts/serve"), "--traces", "--workers", "2"]
-    assert subprocess.check_output(command, text=True) == "./scripts/serve --workers 2\n"
 
 
 def test_a_port_that_is_taken_and_a_viewer_that_does_not_start_are_refused_with_the_way_out(environment: Path) -> None:

@@ -68,7 +68,6 @@ async def test_a_setting_of_the_server_is_written_as_an_option(database_url: str
         ("LOGFIRE_TOKEN", "secret\nsecret"),
         ("LOGFIRE_TRACE_SAMPLE_RATE", "10"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key: secret=="),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,secret"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=secret\nsecret"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-api-key=secrét"),
         ("OTEL_SDK_DISABLED", "true"),  # records would have no trace id

@@ -50,7 +50,6 @@ def test_the_servers_condition_is_an_outage_and_what_is_wrong_with_the_statement
     [
         ("25P02", "an earlier statement of the transaction has failed"),
         ("26000", "is there a pooler without prepared statements? See docs/operations.md"),
-        ("42P05", "is there a pooler without prepared statements? See docs/operations.md"),
         ("28P01", "the user or the password of DATABASE_URL is refused"),
         ("3D000", "there is no such database"),
         ("42501", "the role lacks a privilege, see docs/roles.sql"),

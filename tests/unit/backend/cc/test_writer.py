@@ -8,6 +8,7 @@ import os
 import selectors
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import chain, product, repeat, starmap
 from typing import Any, TypeVar
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 import backend.cc.writer
 from backend.cc.connection import CLOSE_SECONDS
 from backend.cc.errors import DatabaseError, DatabaseUnavailableError
-from backend.cc.writer import BARRIER, BATCH_CHARACTERS, GATHER_SECONDS, Writer
+from backend.cc.writer import BARRIER, BATCH_CHARACTERS, Writer
 
 EXAMPLES = int(os.environ.get("CC_TEST_EXAMPLES", "2000"))
 SECONDS = 4.0
 QUEUE_MAX = 10
+GATHER = 1 / 512  # seconds; as all times in here it is exact in binary
 T = TypeVar("T")
+current: ContextVar[Any] = ContextVar("current")  # a caller, in its own context
 
 
 class Clock(selectors.SelectSelector):
@@ -154,6 +157,7 @@ class Connection:
         self.is_busy = self.is_ended = self.is_closing = self.has_failed = False
         self.fault = (0, "")  # what has happened to it, and the next statement will notice
         self.late: Callable[[], object] | None = None
+        self.inserted: set[int] = set()
 
     def is_closed(self) -> bool:
         return self.is_ended
@@ -176,12 +180,15 @@ class Connection:
             server.stored |= inserted
             return inserted
 
-        inserted = await self._run(commit, **limits)
-        server.confirmed |= inserted
-        return [(each,) for each in inserted]
+        server.expect(current.get(None) is None, "no caller's context is that of a batch")
+        self.inserted = await self._run(commit, **limits)
+        server.confirmed |= self.inserted
+        return [(each,) for each in self.inserted]
 
     async def execute(self, statement: str, **limits: float) -> None:
-        self.server.expect(statement == BARRIER, "nothing but the barrier is executed")
+        self.server.expect(
+            statement == BARRIER and not self.inserted, "only the barrier is executed, and only if needed"
+        )
         # What a standby has of the log, it has from the beginning.
         self.server.confirmed |= await self._run(lambda: set(self.server.stored), **limits)
 
@@ -311,6 +318,7 @@ class Simulation:
         caller.task = asyncio.create_task(self._call(caller))
 
     async def _call(self, caller: Caller) -> None:
+        current.set(caller)
         caller.arrived = self.now()
         waiting = sum(each.waits or each.is_cancelled for each in self.callers) - 1
         values = (caller.id, "x" * caller.call.characters)
@@ -337,6 +345,8 @@ class Simulation:
             case asyncio.CancelledError():
                 expect(caller.is_cancelled, f"nobody else is cancelled: {caller}")
             case DatabaseUnavailableError():
+                is_early = caller.outcome.code == "TimeoutError" and caller.ended < caller.arrived + SECONDS
+                expect(not is_early, f"a call has all of its time: {caller}")
                 expect(bad in ("kills", "hangs") or self._is_excused(caller), f"one fault costs nothing: {caller}")
             case error:
                 is_refused = isinstance(error, DatabaseError) and bad in ("is refused", "can't be encoded")
@@ -382,10 +392,12 @@ unhandled: list[str] = []  # what event loops complained of
 @pytest.fixture
 def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", lambda record: lost.add(record.args[0]))
+    reasons = ("the database", "PostgreSQL", "a trigger")
+    monkeypatch.setattr(handler, "emit", lambda r: lost.add(r.args[0] if str(r.args[1]).startswith(reasons) else -1))
     monkeypatch.setattr(backend.cc.writer.logger, "handlers", [handler])
     monkeypatch.setattr(backend.cc.writer.logger, "propagate", False)
     monkeypatch.setattr(backend.cc.writer, "QUEUE_MAX", QUEUE_MAX)
+    monkeypatch.setattr(backend.cc.writer, "GATHER_SECONDS", GATHER)
     yield
     gc.collect()
     assert not unhandled
@@ -430,20 +442,27 @@ def test_whatever_happens_each_caller_has_one_outcome_and_it_is_true(
     assert not found
 
 
+@pytest.mark.usefixtures("_watched")
 @pytest.mark.parametrize(
-    ("call", "batch", "latency", "connections"),
-    [(Call(), 16, 1 / 2, 1), (Call(), 16, 2, 2), (Call(), 2, 1 / 2, 2), (Call(known=True), 16, 1 / 2, 4)],
-    ids=["its connection takes all", "it takes too long", "another batch is full", "each travels alone"],
+    ("call", "batch", "latency", "pause", "connections", "ended"),
+    [
+        (Call(), 16, 1 / 2, 1 / 8, 1, 1),  # the connection of the first takes all others
+        (Call(), 16, 2, 1 / 8, 2, 3),  # it is away for too long
+        (Call(), 2, 1 / 2, 1 / 8, 2, 1),  # the next two are a full batch
+        (Call(known=True), 16, 1 / 2, 1 / 8, 4, 7 / 8),  # each travels alone
+        (Call(bad="is refused"), 16, 1 / 2, 3 / 4, 1, 11 / 4),  # each is alone, sent at once, and sent once
+    ],
 )
 def test_what_arrives_soon_after_a_batch_waits_for_its_connection(
-    call: Call, batch: int, latency: float, connections: int
+    *, call: Call, batch: int, latency: float, pause: float, connections: int, ended: float
 ) -> None:
-    server = Server(9, batch, iter(()), repeat(("", latency * GATHER_SECONDS)))
+    server = Server(9, batch, iter(()), repeat(("", latency * GATHER)))
 
-    async def run() -> None:
-        await Simulation(server).run([(pause, call) for pause in (0, *[GATHER_SECONDS / 8] * 3)])
+    async def run() -> float:
+        simulation = Simulation(server)
+        await simulation.run([(number and pause * GATHER, call) for number in range(4)])
+        return max(caller.ended for caller in simulation.callers)
 
     with contextlib.closing(Loop()) as loop:
-        loop.run_until_complete(run())
-    assert len(server.connections) == connections
-    assert not server.broken
+        assert loop.run_until_complete(run()) == ended * GATHER
+    assert (len(server.connections), server.broken) == (connections, [])
