@@ -112,7 +112,6 @@ class Writer:
     def _wake(self) -> None:
         """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
         for queue in self._queues.values():
-            # A batch that was sent just now is back soon. Its task then takes all that waits at once.
             if queue and (not self._recent or len(queue) >= self._batch or queue[0].alone):
                 if not self._starting and len(self._tasks) < self._size:
                     self._starting = True
@@ -195,14 +194,15 @@ class Writer:
         for record in batch:
             if is_final or record.tried:
                 record.end(database_error(error))
-            else:
+                continue
+            if connection is not None:
                 record.tried = record.alone = True
-                record.known |= connection is not None and (state is None or state.startswith(UNKNOWN_OUTCOME))
-                self._put_back([record])
+                record.known |= state is None or state.startswith(UNKNOWN_OUTCOME)
+            self._put_back([record])
         if is_good:
             self._connections.put(connection)
         elif connection is not None:
-            if connection in self._connections.trusted and not isinstance(error, TimeoutError):
+            if not isinstance(error, TimeoutError):
                 self._connections.distrust()
             self._connections.discard(connection)
 

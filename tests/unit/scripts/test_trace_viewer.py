@@ -53,7 +53,6 @@ def start(environment: Path, port: int, *command: str, **variables: str) -> subp
 
 
 def refused(environment: Path, port: int) -> str:
-    """Run a command, which must not be started, and return what it says instead."""
     process = start(environment, port, "echo", "never")
     printed, errors = process.communicate(timeout=60)
     assert (printed, process.returncode) == ("", 1)

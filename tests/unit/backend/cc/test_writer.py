@@ -89,6 +89,8 @@ connects = st.lists(st.sampled_from(list(product(CONNECTS, LATENCIES))), max_siz
 faults = st.lists(st.sampled_from(list(product(FAULTS, LATENCIES, (1, 1, 4)))), max_size=8)  # so many times
 steps = st.lists(st.sampled_from(list(product(PAUSES, STEPS))), min_size=3, max_size=15)
 
+KILLED = [(None, Call(bad=bad)) for bad in ("", "kills", "")]
+
 # What asyncpg raises. Whatever else happens, the connection has died.
 ERRORS: dict[str, type[BaseException]] = {
     "57P03": asyncpg.CannotConnectNowError,
@@ -144,7 +146,7 @@ class Server:
             connection.is_ended = True
             if has_time:
                 self.refusals.add(asyncio.get_running_loop().time())
-            raise ERRORS.get(fault, asyncpg.ClientCannotConnectError)(fault)
+            raise ERRORS.get(fault if has_time else "", asyncpg.ClientCannotConnectError)(fault)
         return connection
 
 
@@ -416,6 +418,9 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @example(2, 2, [], [("hangs", 0, 5)], [(None, Call(callers=2)), (1.0, Call(callers=2))])
 # A connection takes longer to open than the first record of the batch can wait, but not the second.
 @example(1, 2, [("hangs", 0), ("", 1 / 16)], [], [(None, Call()), (1 / 64, Call()), (1.0, Call())])
+@example(1, 2, [("hangs", 0), ("", 1 / 16)], [("dies after", 0, 1)], [(None, Call()), (1 / 64, Call()), (1.0, Call())])
+# Connections end after one of them has ended by itself, and one that is busy is the first to say so.
+@example(2, 1, [], [("", 1 / 16, 1)], [*KILLED, (1 / 64, ("dies before", False))])
 # One that is refused and one that is suppressed share a batch, and then each is alone.
 @example(1, 4, [], [], [(None, Call(bad="is refused")), (None, Call(bad="is suppressed"))])
 @given(st.integers(1, 3), st.sampled_from((1, 2, 4, 16)), connects, faults, steps)
