@@ -27,7 +27,7 @@ NAMES: Final = {
     "token": "cos-cc, `LOGFIRE_TOKEN`",
     "instrumented": "instrumented, OTLP",
 }
-COLOURS: Final = {"pool": "#8a94a6", "log_l1": "#2b6cb0", "copy": "#dd6b20"}
+COLOURS: Final = {"pool": "#8a94a6", "log_l1": "#2b6cb0"}
 
 
 def mid(rounds: Rounds, key: str) -> float:
@@ -93,15 +93,15 @@ def picture(records: dict[str, Any]) -> str:
     parts = [head, '<rect width="740" height="230" fill="white"/>']
     for place, (variant, colour) in enumerate(COLOURS.items()):
         parts.append(f'<text x="{20 + 120 * place}" y="21" fill="{colour}">■ {NAMES[variant].strip("`")}</text>')
-    top = max(mid(found[variant], "rate") for found in records.values() for variant in found)
+    top = max(mid(found[variant], "rate") for found in records.values() for variant in COLOURS)
     x = 20
     for callers, found in records.items():
         parts.append(f'<text x="{x}" y="222">{callers} caller{"s" * (callers != "1")}</text>')
-        for variant in [name for name in COLOURS if name in found]:
+        for variant, colour in COLOURS.items():
             height = round(150 * (rate := mid(found[variant], "rate")) / top)
-            parts.append(f'<rect x="{x}" y="{204 - height}" width="44" height="{height}" fill="{COLOURS[variant]}"/>')
-            parts.append(f'<text x="{x + 22}" y="{199 - height}" text-anchor="middle">{rate:,.0f}</text>')
-            x += 48
+            parts.append(f'<rect x="{x}" y="{204 - height}" width="64" height="{height}" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 32}" y="{199 - height}" text-anchor="middle">{rate:,.0f}</text>')
+            x += 68
         x += 36
     return "\n".join([*parts, "</svg>\n"])
 
