@@ -48,35 +48,35 @@ class Connections:
         self._connect = connect
         self._idle: list[asyncpg.Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self.trusted: set[asyncpg.Connection] = set()  # those opened since one was last found dead or read-only
+        self._trusted: set[asyncpg.Connection] = set()  # those opened since one was last found dead or read-only
 
     async def get(self, seconds: float) -> asyncpg.Connection:
         """Return an idle connection, or a new one within so many seconds."""
         while self._idle:
             if not (connection := self._idle.pop()).is_closed():
                 return connection
-            self.trusted.discard(connection)
+            self._trusted.discard(connection)
         connection = await self._connect(seconds)
-        self.trusted.add(connection)
+        self._trusted.add(connection)
         return connection
 
     def put(self, connection: asyncpg.Connection) -> None:
         """Take a connection back."""
-        if connection in self.trusted:
+        if connection in self._trusted:
             self._idle.append(connection)
         else:
             self.discard(connection)
 
     def discard(self, connection: asyncpg.Connection) -> None:
         """Close a connection in the background."""
-        self.trusted.discard(connection)
+        self._trusted.discard(connection)
         task = asyncio.get_running_loop().create_task(_close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     def distrust(self) -> None:
         """Use none again that is open now: a server that has ended one, or become read-only, has others like it."""
-        self.trusted.clear()
+        self._trusted.clear()
         while self._idle:
             self.discard(self._idle.pop())
 

@@ -111,14 +111,14 @@ class Writer:
 
     def _wake(self) -> None:
         """Start a task if something waits. What becomes ready before the task runs goes with it: this makes batches."""
-        for queue in self._queues.values():
-            if queue and (not self._recent or len(queue) >= self._batch or queue[0].alone):
-                if not self._starting and len(self._tasks) < self._size:
-                    self._starting = True
-                    task = self._loop.create_task(self._work(), context=Context())  # not in the first caller's trace
-                    task.add_done_callback(self._ended)
-                    self._tasks.add(task)
-                return
+        if self._starting or len(self._tasks) >= self._size:
+            return
+        waiting = [queue for queue in self._queues.values() if queue]
+        if any(not self._recent or len(queue) >= self._batch or queue[0].alone for queue in waiting):
+            self._starting = True
+            task = self._loop.create_task(self._work(), context=Context())  # not in the first caller's trace
+            task.add_done_callback(self._ended)
+            self._tasks.add(task)
 
     def _gather_no_more(self, first: _Record) -> None:
         self._recent.discard(first)
