@@ -170,7 +170,7 @@ def _supervise(cluster: Server, lock: int) -> int:
 
 def _open_lock(home: Path) -> IO[bytes]:
     """Create the home if there is none, and open its lock."""
-    # PostgreSQL, which root starts as the user `nobody`, must pass these directories. Root's umask may forbid that.
+    # If root starts PostgreSQL, it runs as `nobody`, who must be able to enter the directories that `mkdir` makes here.
     umask = os.umask(0o022)
     try:
         home.mkdir(0o711, parents=True, exist_ok=True)
