@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -164,13 +163,13 @@ def measure_records(
     with ExitStack() as stack:
         run = {
             variant: stack.enter_context(caller(postgres, name, CC_DB_BATCH_SIZE=size))
-            for variant in dict.fromkeys(chain(*plan.values()))
+            for variant in next(iter(plan.values()))
             for name, _, size in [variant.partition(" ")]
         }
         for callers, variants in plan.items():
-            # COPY has a caller for each of its connections: one, and as many as the others.
-            busy = {each: min(callers, 10) if each == "copy" else callers for each in variants}
-            turns = {each: partial(run[each], busy[each], seconds) for each in variants}
+            # COPY has a caller for each of its connections, and the ten of asyncpg's pool at most.
+            most = {"copy": min(callers, 10)}
+            turns = {each: partial(run[each], most.get(each, callers), seconds) for each in variants}
             postgres.in_turns(results, callers, rounds, turns)
 
 
@@ -239,12 +238,13 @@ def main() -> None:
     names = ("asyncpg", "fastapi", "logfire", "sqlalchemy", "uvloop")
     with temporary_home() as home, server(home) as url:
         postgres = Postgres(home, url)
-        results: dict[str, Any] = {}
-        for name in arguments.only or list(MEASUREMENTS)[:-1]:
+        results: dict[str, Any] = {name: {} for name in arguments.only or list(MEASUREMENTS)[:-1]}
+        for name, found in results.items():
             measure, processes, rounds, seconds = MEASUREMENTS[name]
-            results[name] = {}
-            for _ in range(1 if arguments.smoke else processes):
-                measure(results[name], postgres, *((1, seconds / 10) if arguments.smoke else (rounds, seconds)))
+            if arguments.smoke:
+                processes, rounds, seconds = 1, 1, seconds / 10
+            for _ in range(processes):
+                measure(found, postgres, rounds, seconds)
         results["machine"] = {
             "date": datetime.now(UTC).date().isoformat(),
             "cpu": Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0],
